@@ -1,0 +1,86 @@
+"""Mixture-of-Experts building blocks in plain PyTorch.
+
+Names are imported on first use, so that `import moecore` (and a command line that only reads settings) is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ACTIVATIONS": "activations",
+    "Assignment": "routing",
+    "AUX_LOSSES": "config",
+    "balance_loss": "balance",
+    "BANKS": "experts",
+    "build_moe": "build",
+    "build_router": "build",
+    "carry_across_layers": "context",
+    "ConfigError": "errors",
+    "ConstantBank": "experts",
+    "Context": "context",
+    "CONTROLLERS": "build",
+    "Cost": "cost",
+    "count_cost": "cost",
+    "current_context": "context",
+    "DenseFFN": "ffn",
+    "entropy_loss": "balance",
+    "execute": "executors",
+    "EXECUTORS": "executors",
+    "expert_label_counts": "inspect",
+    "ExpertBank": "experts",
+    "find_ffns": "ffn",
+    "GLUBank": "experts",
+    "importance_cv2": "balance",
+    "LayerMetrics": "inspect",
+    "load_cv2": "balance",
+    "LOSSES": "balance",
+    "LossFreeBias": "controllers",
+    "MixedBank": "experts",
+    "MLPBank": "experts",
+    "MoE": "layer",
+    "MoEConfig": "config",
+    "mutual_information": "inspect",
+    "place": "topology",
+    "record": "inspect",
+    "Recording": "inspect",
+    "release_workspace": "executors.workspace",
+    "replace_ffn": "topology",
+    "Router": "routing",
+    "Routing": "routing",
+    "routing_context": "context",
+    "routing_degree": "inspect",
+    "routing_metrics": "inspect",
+    "run_reference": "reference",
+    "schedule": "topology",
+    "SCORES": "build",
+    "SegmentBank": "experts",
+    "SELECTIONS": "selection",
+    "SharedExpert": "shared",
+    "SoftMoE": "soft",
+    "SparsityController": "controllers",
+    "specialisation": "inspect",
+    "split": "transforms.upcycle",
+    "switch_loss": "balance",
+    "token_map": "inspect",
+    "upcycle": "transforms.upcycle",
+    "update_controllers": "controllers",
+    "WEIGHTINGS": "weighting",
+    "z_loss": "balance",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moecore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moecore.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

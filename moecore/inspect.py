@@ -1,0 +1,187 @@
+"""See what was routed where: record a forward pass, then measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moecore.layer import MoE
+from moecore.routing import Routing
+
+
+class Recording(list[Routing]):
+    """The routings of one or more forward passes, in the order of the calls."""
+
+    def by_layer(self) -> dict[str, list[Routing]]:
+        """Layer name -> its calls."""
+        layers: dict[str, list[Routing]] = {}
+        for routing in self:
+            layers.setdefault(routing.name, []).append(routing)
+        return layers
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Collect the routing of every MoE layer of `model` while it runs inside.
+
+    Outside, layers store nothing. Leave the block before calling `backward()` under activation checkpointing, which
+    runs layers a second time.
+
+    Example:
+        >>> import torch, moecore
+        >>> model = torch.nn.Sequential(moecore.MoE.build(8, num_experts=4, top_k=2))
+        >>> with moecore.record(model) as recording:
+        ...     y = model(torch.randn(6, 8))
+        >>> loss = y.square().mean() + moecore.balance_loss(recording)
+    """
+    recording = Recording()
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    before = [module._recorder for _, module in layers]
+    for (name, module), outer in zip(layers, before, strict=True):
+        module._recorder = _recorder(recording, name, outer)
+    try:
+        yield recording
+    finally:
+        for (_, module), outer in zip(layers, before, strict=True):
+            module._recorder = outer
+
+
+def _recorder(recording: Recording, name: str, outer: object):
+    def keep(routing: Routing) -> None:
+        recording.append(replace(routing, name=name))
+        if outer is not None:  # an enclosing `record` sees the layer too
+            outer(routing)
+
+    return keep
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """Balance and sharpness of one layer's routing."""
+
+    load: list[float]
+    """Share of all filled slots per expert."""
+    max_violation: float
+    """Largest load over mean load, minus 1: 0 when even (arXiv 2408.15664)."""
+    load_entropy: float
+    """Entropy of the load over log E: 1 when even, 0 when one expert does it all."""
+    router_entropy: float
+    """Mean entropy of a token's router distribution over log of its size: low means sure decisions."""
+    dead_experts: int
+    """Experts that received nothing."""
+    experts_per_token: float
+    """Mean number of filled slots per token."""
+    drop_rate: float
+    """Share of chosen pairs that a capacity took away."""
+
+    def scalars(self) -> dict[str, float]:
+        """Everything but the load, for loggers."""
+        names = (
+            "max_violation",
+            "load_entropy",
+            "router_entropy",
+            "dead_experts",
+            "experts_per_token",
+            "drop_rate",
+        )
+        return {name: float(getattr(self, name)) for name in names}
+
+
+@torch.no_grad()
+def routing_metrics(recording: Recording) -> dict[str, LayerMetrics]:
+    """Metrics of every recorded layer, its calls taken together."""
+    return {name: _layer_metrics(calls) for name, calls in recording.by_layer().items()}
+
+
+def _layer_metrics(calls: list[Routing]) -> LayerMetrics:
+    load = sum(r.assignment.load() for r in calls).double()
+    tokens = sum(r.assignment.num_tokens for r in calls)
+    dropped = sum(int(r.assignment.dropped.sum()) for r in calls if r.assignment.dropped is not None)
+    filled = float(load.sum())
+    share = load / max(filled, 1.0)
+    entropy = torch.cat([distribution_entropy(r.probs.double()) for r in calls])
+    columns = calls[0].scores.shape[1]
+    return LayerMetrics(
+        load=share.tolist(),
+        max_violation=float(share.max() * load.numel() - 1) if filled else 0.0,
+        load_entropy=_relative(distribution_entropy(share), load.numel()),
+        router_entropy=_relative(entropy.mean() if entropy.numel() else torch.zeros(()), columns),
+        dead_experts=int((load == 0).sum()),
+        experts_per_token=filled / max(tokens, 1),
+        drop_rate=dropped / max(filled + dropped, 1.0),
+    )
+
+
+def distribution_entropy(probs: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
+    """Entropy in nats over the last dimension."""
+    return -torch.special.xlogy(probs, probs.clamp(min=1e-30)).sum(-1)
+
+
+def _relative(entropy: Tensor, size: int) -> float:
+    """Entropy over its largest value; 1 where there is nothing to choose."""
+    return 1.0 if size == 1 else float(entropy / torch.tensor(float(size)).log())
+
+
+def expert_label_counts(routing: Routing, labels: Int[Tensor, " B"], num_labels: int) -> Int[Tensor, "C E"]:
+    """How often tokens of samples with each label went to each expert.
+
+    Args:
+        routing: of one call, whose leading dimension is the batch.
+        labels: one per sample.
+        num_labels: C.
+    """
+    token, expert, _ = routing.assignment.pairs(routing.weights)
+    per_sample = max(routing.assignment.num_tokens // max(labels.numel(), 1), 1)
+    label = labels.repeat_interleave(per_sample)[token]
+    experts = routing.assignment.num_experts
+    index = label * experts + expert
+    return torch.bincount(index, minlength=num_labels * experts).view(num_labels, experts)
+
+
+def mutual_information(counts: Float[Tensor, "C E"] | Int[Tensor, "C E"]) -> float:
+    """Mutual information, in nats, of label and expert from their joint counts."""
+    joint = counts.double()
+    joint = joint / joint.sum().clamp(min=1)
+    return float(
+        distribution_entropy(joint.sum(0)) + distribution_entropy(joint.sum(1)) - distribution_entropy(joint.flatten())
+    )
+
+
+def specialisation(counts: Float[Tensor, "C E"] | Int[Tensor, "C E"]) -> float:
+    """Mutual information over the entropy of the label: the share of the label that the expert gives away, 0 to 1."""
+    label = counts.double().sum(1)
+    entropy = float(distribution_entropy(label / label.sum().clamp(min=1)))
+    return mutual_information(counts) / entropy if entropy > 0 else 0.0
+
+
+def routing_degree(recording: Recording) -> list[int]:
+    """Distinct expert combinations among all tokens, over the first layer, the first two, and so on.
+
+    The routing degree of ViMoE (arXiv 2410.15732): where the number stops growing, further layers choose nothing that
+    the ones before had not. Needs layers that route the same tokens.
+    """
+    combined: Tensor | None = None
+    degrees = []
+    for calls in recording.by_layer().values():
+        chosen = torch.cat([r.assignment.chosen() for r in calls])
+        _, code = chosen.unique(dim=0, return_inverse=True)  # one number per expert set
+        if combined is not None:
+            if combined.shape != code.shape:
+                raise ValueError("routing_degree: layers route different numbers of tokens")
+            _, code = torch.stack([combined, code], 1).unique(dim=0, return_inverse=True)
+        combined = code
+        degrees.append(int(code.max()) + 1 if code.numel() else 0)
+    return degrees
+
+
+def token_map(routing: Routing) -> Int[Tensor, "*lead"]:
+    """The expert with the largest combine weight for every token, -1 for none, in the layout of the input."""
+    table = routing.assignment.dense(routing.weights)
+    chosen = routing.assignment.chosen()
+    best = table.masked_fill(~chosen, float("-inf")).argmax(-1)
+    return best.masked_fill(~chosen.any(-1), -1).view(routing.lead)

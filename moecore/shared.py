@@ -1,0 +1,42 @@
+"""Shared experts: dense experts that every token passes, beside the routed ones."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moecore.executors.layouts import SingleLayout
+from moecore.experts import ExpertBank, MLPBank
+
+
+class SharedExpert(nn.Module):
+    """One always-active expert, optionally scaled per token by a sigmoid gate.
+
+    Ungated as in DeepSeekMoE (arXiv 2401.06066); gated as in Qwen2-MoE and Time-MoE (arXiv 2409.16040).
+
+    Args:
+        bank: a bank of one expert.
+        gated: whether to scale its output by `sigmoid(w x)`.
+    """
+
+    def __init__(self, bank: ExpertBank, gated: bool = False) -> None:
+        super().__init__()
+        self.bank = bank
+        self.gate = nn.Linear(bank.width, 1, bias=False) if gated else None
+
+    def forward(self, x: Float[Tensor, "*T D"], onto: Float[Tensor, "*T O"]) -> Float[Tensor, "*T O"]:
+        """The expert's output added to the routed output `onto`, in place.
+
+        Without a gate the last product accumulates straight into `onto`, which saves a pass over it.
+        """
+        layout = SingleLayout(0)
+        if self.gate is not None or not isinstance(self.bank, MLPBank):
+            y = self.bank(x, layout)
+            return onto.add_(y if self.gate is None else self.gate(x).sigmoid() * y)
+        hidden = self.bank.hidden_units(x, layout).to(onto.dtype)
+        down = self.bank.down[0].to(onto.dtype)
+        if onto.dim() == 2:
+            onto.addmm_(hidden, down.t())
+        else:
+            onto.add_(hidden @ down.t())
+        return onto if self.bank.down_bias is None else onto.add_(self.bank.down_bias[0])
