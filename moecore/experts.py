@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from moecore.activations import Activation, resolve_activation
 from moecore.errors import choice, require
 
 
+@runtime_checkable
 class Layout(Protocol):
     """How rows are laid out over experts. R stands for the rows' leading dimensions."""
 
@@ -42,10 +43,10 @@ class FFN:
     """
 
     up: Float[Tensor, "E F D"]
-    down: Float[Tensor, "E D F"]
+    down: Float[Tensor, "E O F"]
     gate: Float[Tensor, "E F D"] | None
     up_bias: Float[Tensor, "E F"] | None
-    down_bias: Float[Tensor, "E D"] | None
+    down_bias: Float[Tensor, "E O"] | None
     gate_bias: Float[Tensor, "E F"] | None
     activation: str
 
@@ -65,7 +66,7 @@ class ExpertBank(nn.Module, ABC):
         self.num_experts, self.width, self.out_width = num_experts, width, out_width or width
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*R O"]:
+    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S O"]:
         """Apply to every row its expert, as laid out."""
 
     def ffn(self) -> FFN | None:
@@ -120,11 +121,11 @@ class MLPBank(ExpertBank):
         self.down = _stacked(num_experts, self.out_width, hidden)
         self.down_bias = _biases(num_experts, self.out_width, hidden, bias)
 
-    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*R O"]:
+    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S O"]:
         """[R, D] -> [R, O]."""
         return layout.linear(self.hidden_units(x, layout), self.down, self.down_bias)
 
-    def hidden_units(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*R F"]:
+    def hidden_units(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S F"]:
         """[R, D] -> [R, F], activated."""
         hidden = layout.linear(x, self.up, self.up_bias)
         if self.gate is None:
@@ -197,7 +198,7 @@ class SegmentBank(ExpertBank):
         self.length = length
         self.mlp = MLPBank(num_experts, length * width, hidden, activation, bias)
 
-    def forward(self, x: Float[Tensor, "*R L D"], layout: Layout) -> Float[Tensor, "*R L D"]:
+    def forward(self, x: Float[Tensor, "*R L D"], layout: Layout) -> Float[Tensor, "*S L D"]:
         """[R, L, D] -> [R, L, D]."""
         if x.shape[-2] != self.length:
             raise ValueError(f"segment length {x.shape[-2]}: this bank takes segments of {self.length} tokens")
@@ -207,8 +208,8 @@ class SegmentBank(ExpertBank):
 class ConstantBank(ExpertBank):
     """Experts that cost next to nothing (MoE++, arXiv 2410.07348).
 
-    "zero" gives 0, "copy" gives x, "constant" gives `a x + b v` with a learned vector v and (a, b) the softmax of a
-    linear map of x. Useful beside real experts in a `MixedBank`.
+    "zero" gives 0, "copy" gives x, "constant" gives `a x + (1 - a) v` with a learned vector v and `a` the sigmoid of a
+    linear map of x (the published softmax over two logits). Useful beside real experts in a `MixedBank`.
     """
 
     def __init__(self, num_experts: int, width: int, kind: str = "constant") -> None:
@@ -217,16 +218,16 @@ class ConstantBank(ExpertBank):
         self.kind = kind
         if kind == "constant":
             self.vector = nn.Parameter(torch.zeros(num_experts, width))
-            self.mix = _stacked(num_experts, 2, width)
+            self.mix = nn.Parameter(torch.empty(num_experts, width).normal_(std=0.02))
 
-    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*R D"]:
+    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S D"]:
         """[R, D] -> [R, D]."""
         if self.kind == "zero":
             return x * 0.0
         if self.kind == "copy":
             return x * 1.0
-        a, b = layout.linear(x, self.mix, None).softmax(-1).to(x.dtype).chunk(2, -1)
-        return a * x + b * layout.pick(self.vector).to(x.dtype)
+        a = (x * layout.pick(self.mix).to(x.dtype)).sum(-1, keepdim=True).sigmoid()
+        return a * x + (1 - a) * layout.pick(self.vector).to(x.dtype)
 
 
 class MixedBank(ExpertBank):
@@ -242,7 +243,7 @@ class MixedBank(ExpertBank):
         super().__init__(sum(bank.num_experts for bank in banks), *widths[0])
         self.banks = nn.ModuleList(banks)
 
-    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*R O"]:
+    def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S O"]:
         """[R, D] -> [R, O]."""
         sizes = [bank.num_experts for bank in self.banks]
         return torch.cat([self.banks[i](rows, part) for i, rows, part in layout.parts(x, sizes)])

@@ -15,8 +15,8 @@ _ALIGNMENT = 16  # bytes that row strides must be multiples of
 
 
 def run_grouped_mm(
-    x: Float[Tensor, T *unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T *out]:
+    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, T * out]:
     """Weighted sum of each token's experts, all experts in one call per linear map.
 
     Raises:
@@ -32,8 +32,7 @@ def run_grouped_mm(
     if rows.shape[0] == 0:
         return _nothing(x, bank, weights)
     layout = SortedLayout(plan.counts.cumsum(0).to(torch.int32), plan.expert)
-    with torch.autocast(x.device.type, enabled=False):  # x already has the dtype that autocast asks for
-        out = bank(rows, layout)
+    out = bank(rows, layout)
     combine = plan.weights(weights).to(out.dtype)
     return Combine.apply(out.flatten(1), combine, plan).view(x.shape[0], *out.shape[1:])
 

@@ -60,7 +60,7 @@ class EveryLayout:
         experts, wide, _ = weight.shape
         y = torch.matmul(x.flatten(1, -2), weight.transpose(1, 2))  # [E, R, F]
         if bias is not None:
-            y = y + bias[:, None]
+            y = y + bias[:, None].to(y.dtype)
         return y.reshape(experts, *x.shape[1:-1], wide)
 
     def pick(self, table: Float[Tensor, "E D"]) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from moecore.executors import ffn as kernels
+from moecore.executors.compiled import sorted_ffn
 from moecore.executors.layouts import SingleLayout
 from moecore.executors.plan import Combine, Dispatch, Plan, make_plan
 from moecore.experts import FFN, ExpertBank
@@ -21,8 +21,8 @@ from moecore.routing import Assignment
 
 
 def run_sorted(
-    x: Float[Tensor, T *unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T *out]:
+    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, T * out]:
     """Weighted sum of each token's experts, expert by expert."""
     plan = make_plan(assignment)
     combine = plan.weights(weights).to(x.dtype)
@@ -80,118 +80,3 @@ class _SortedFFN(torch.autograd.Function):
         saved = kernels.Saved(up, activated, gate)
         dx, dw, grads = kernels.backward(grad.contiguous(), x, combine, rows, FFN(*tensors, ctx.activation), saved)
         return dx, dw, *[None] * 7, *kernels.tensors(grads)
-
-
-@torch.library.custom_op("moecore::sorted_ffn", mutates_args=())
-def sorted_ffn(
-    x: Tensor,
-    combine: Tensor,
-    token: Tensor,
-    row: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    shared: bool,
-    activation: str,
-    save: bool,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_bias: Tensor | None,
-) -> list[Tensor]:
-    """The fast path as one operator: output, and what backward needs (up, activated, gate; empty without `save`)."""
-    ffn = FFN(up, down, gate, up_bias, down_bias, gate_bias, activation)
-    rows = kernels.Rows(token, row, offsets, counts.tolist(), shared)
-    y, *hidden = kernels.forward(x, combine, rows, ffn, save)
-    return [y, *(x.new_empty(0) if h is None or not save else h for h in hidden)]
-
-
-@sorted_ffn.register_fake
-def _(x, combine, token, row, offsets, counts, shared, activation, save, up, down, gate, *biases):
-    unit = x.shape[1] // up.shape[2]
-    y = x.new_empty(x.shape[0], unit * down.shape[1])
-    hidden = token.shape[0] * unit, up.shape[1]
-    kept = [save, save, save and gate is not None]
-    return [y, *(x.new_empty(hidden if keep else 0) for keep in kept)]
-
-
-def _save_for_backward(ctx, inputs, output):
-    x, combine, token, row, offsets, counts, ctx.shared, ctx.activation, _, *tensors = inputs
-    ctx.save_for_backward(x, combine, token, row, offsets, counts, *output[1:], *tensors)
-
-
-def _compiled_backward(ctx, grads):
-    x, combine, token, row, offsets, counts, *rest = ctx.saved_tensors
-    hidden, tensors = rest[:3], rest[3:]
-    grads = sorted_ffn_backward(
-        grads[0].contiguous(),
-        x,
-        combine,
-        token,
-        row,
-        offsets,
-        counts,
-        ctx.shared,
-        ctx.activation,
-        hidden,
-        *tensors,
-    )
-    grads = [g if t is not None else None for g, t in zip(grads, [x, combine, *tensors], strict=True)]
-    return grads[0], grads[1], *[None] * 7, *grads[2:]
-
-
-sorted_ffn.register_autograd(_compiled_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("moecore::sorted_ffn_backward", mutates_args=())
-def sorted_ffn_backward(
-    grad: Tensor,
-    x: Tensor,
-    combine: Tensor,
-    token: Tensor,
-    row: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    shared: bool,
-    activation: str,
-    hidden: list[Tensor],
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_bias: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of x, combine weights and the six bank tensors; empty where there is no such tensor."""
-    ffn = FFN(up, down, gate, up_bias, down_bias, gate_bias, activation)
-    rows = kernels.Rows(token, row, offsets, counts.tolist(), shared)
-    saved = kernels.Saved(*hidden[:2], None if gate is None else hidden[2])
-    dx, dw, grads = kernels.backward(grad, x, combine, rows, ffn, saved)
-    return [dx, dw, *(x.new_empty(0) if g is None else g for g in kernels.tensors(grads))]
-
-
-@sorted_ffn_backward.register_fake
-def _(grad, x, combine, token, row, offsets, counts, shared, activation, hidden, *tensors):
-    return [
-        torch.empty_like(x),
-        torch.empty_like(combine),
-        *(x.new_empty(0) if t is None else torch.empty_like(t) for t in tensors),
-    ]
-
-
-def _flops(x_shape, token_shape, tensor_shapes) -> int:
-    """Two per multiply-add: every dispatched row meets every matrix of its expert."""
-    matrices = [shape for shape in tensor_shapes if shape is not None and len(shape) == 3]
-    unit = x_shape[1] // tensor_shapes[0][2]
-    return sum(2 * token_shape[0] * unit * shape[1] * shape[2] for shape in matrices)
-
-
-@register_flop_formula(torch.ops.moecore.sorted_ffn)
-def _forward_flops(x, combine, token, row, offsets, counts, shared, activation, save, *tensors, **_) -> int:
-    return _flops(x, token, tensors)
-
-
-@register_flop_formula(torch.ops.moecore.sorted_ffn_backward)
-def _backward_flops(grad, x, combine, token, row, offsets, counts, shared, activation, hidden, *tensors, **_) -> int:
-    return 2 * _flops(x, token, tensors)
