@@ -13,15 +13,25 @@ from moecore.errors import choice
 
 Activation = Callable[[Tensor], Tensor]
 
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# Functions with a name, not lambdas: a module that holds one must pickle.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu2,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
+    "identity": _identity,
 }
 """Elementwise activations by the name that configurations use."""
 

@@ -33,7 +33,9 @@ def _slots_per_token(routing: Routing) -> float:
 
 
 def cv2(x: Float[Tensor, " E"]) -> Scalar:
-    """Squared coefficient of variation: unbiased variance over squared mean."""
+    """Squared coefficient of variation: unbiased variance over squared mean; 0 for a single expert."""
+    if x.numel() == 1:
+        return x.sum() * 0
     return x.var() / (x.mean() ** 2 + 1e-10)
 
 

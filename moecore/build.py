@@ -8,7 +8,7 @@ from torch import nn
 
 from moecore.config import MoEConfig
 from moecore.controllers import LossFreeBias, SparsityController
-from moecore.errors import ConfigError, require
+from moecore.errors import ConfigError, choice, require
 from moecore.experts import ExpertBank, GLUBank, MLPBank
 from moecore.layer import MoE
 from moecore.routing import Router
@@ -57,6 +57,8 @@ def build_router(config: MoEConfig, width: int, cell: nn.GRUCell | None = None) 
         width: D of what the router sees.
         cell: for a recurrent score, the cell of the layers before; None in the first.
     """
+    for field, options in (("score", SCORES), ("select", SELECTIONS), ("weight", WEIGHTINGS)):
+        choice(field, getattr(config, field), options)
     select = _make("select", SELECTIONS[config.select], config.select_options, config.num_experts, config.top_k)
     columns = config.num_experts + select.num_null
     extra = {"cell": cell, "first": cell is None} if config.score == "recurrent" else {}
@@ -67,6 +69,7 @@ def build_router(config: MoEConfig, width: int, cell: nn.GRUCell | None = None) 
 
 
 def _controller(config: MoEConfig, columns: int, needs_logits: bool) -> nn.Module | None:
+    choice("controller", config.controller, CONTROLLERS)
     options = dict(config.controller_options)
     if config.controller == "loss_free":
         options.setdefault("space", "logits" if needs_logits else "probs")

@@ -113,7 +113,7 @@ class MoE(nn.Module):
             return x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1])
         if x.dim() < 3:
             raise ValueError(f"input of shape {tuple(x.shape)}: unit={self.unit!r} routes sequences [B, N, D]")
-        x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 3 else x
+        x = x.flatten(0, -3)
         if self.unit == "sequence":
             return x, (x.shape[0],)
         padded = F.pad(x, (0, 0, 0, -x.shape[1] % self.unit))  # zeros on the right up to whole segments
@@ -124,7 +124,8 @@ class MoE(nn.Module):
         """Back to the shape of the input, padding cut off."""
         if self.unit not in ("token", "sequence"):
             length = x.shape[-2]
-            y = y.reshape(x.shape[:-2].numel(), -1, y.shape[-1])[:, :length]
+            padded = length + -length % self.unit
+            y = y.reshape(x.shape[:-2].numel(), padded, y.shape[-1])[:, :length]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:

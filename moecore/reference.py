@@ -12,8 +12,8 @@ from moecore.routing import Assignment
 
 
 def run_reference(
-    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T * out]:
+    x: Float[Tensor, " T *unit"], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, " T *out"]:
     """For every (token, expert, weight): `y[token] += weight * expert(x[token])`."""
     y = [torch.zeros(*x.shape[1:-1], bank.out_width, dtype=x.dtype, device=x.device) for _ in range(x.shape[0])]
     for token, expert, weight in zip(*assignment.pairs(weights), strict=True):

@@ -176,7 +176,9 @@ class Router(nn.Module):
             if self.balance is not None:
                 adjusted = self.balance.adjust(adjusted, self.weight.activation)
             if context.allowed is not None:
-                adjusted = adjusted.masked_fill(~context.allowed, float("-inf"))
+                nulls = getattr(self.select, "num_null", 0)  # the mask is of experts; doing nothing is always allowed
+                allowed = nn.functional.pad(context.allowed, (0, nulls), value=True) if nulls else context.allowed
+                adjusted = adjusted.masked_fill(~allowed, float("-inf"))
             assignment = self.select(adjusted, context)
             if self.capacity is not None and self.training:
                 assignment = self.capacity(assignment, scores.value.detach())

@@ -52,7 +52,7 @@ def _grid(scores: Tensor, expert: Tensor, context: Context) -> Assignment:
     valid = None
     if context.allowed is not None:
         valid = scores.gather(1, expert).isfinite()
-        valid[:, 1:] &= expert[:, 1:] != expert[:, :1]  # with one expert left, the second best is it again
+        valid[:, 1:] &= expert[:, 1:] != expert[:, :-1]  # with one expert left, the second best is it again
     return Assignment(expert, scores.shape[0], scores.shape[1], valid=valid)
 
 
@@ -132,8 +132,8 @@ class NullTopK(Selection):
     def forward(self, scores: Float[Tensor, "T EN"], context: Context) -> Assignment:
         """[T, E + null] scores -> grid [T, K] with null slots empty."""
         expert = top_indices(scores, self.max_slots)
-        chosen = scores.gather(1, expert).isfinite()
-        valid = chosen & (expert < self.num_experts)
+        valid = scores.gather(1, expert).isfinite() & (expert < self.num_experts)
+        valid[:, 1:] &= expert[:, 1:] != expert[:, :-1]  # as in `_grid`
         return Assignment(expert.clamp(max=self.num_experts - 1), scores.shape[0], self.num_experts, valid=valid)
 
 

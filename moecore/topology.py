@@ -103,6 +103,8 @@ def replace_ffn(
     """
     ffns = find_ffns(model)
     require(bool(ffns), "model", type(model).__name__, "has no FFN that moecore.find_ffns recognises")
+    whole = any(ffn.name == "" for ffn in ffns)
+    require(not whole, "model", type(model).__name__, "is itself an FFN; replace it within the module that holds it")
     chosen = [ffns[i] for i in place(layers, len(ffns))]
     if make is None or isinstance(make, MoEConfig):
         make = _maker(make or MoEConfig(), init, experts, share_router, len(chosen))
@@ -132,7 +134,7 @@ def _maker(config: MoEConfig, init: str, experts: Sequence[int] | None, share_ro
         if router is None and own.score == "recurrent":
             cell = routers[0].score.cell if routers else None
             router = build_router(own, ffn.width, cell=cell)
-        layer = build_moe(own, ffn.width, ffn.shape(), router=router)
+        layer = build_moe(own, ffn.width, ffn.shape(), router=router).to(ffn.up)  # its device and dtype
         routers.append(layer.router)
         if init == "upcycle":
             upcycle(ffn, layer)

@@ -30,12 +30,12 @@ EXECUTORS: dict[str, Executor] = {
 
 
 def execute(
-    x: Float[Tensor, T * unit],
+    x: Float[Tensor, " T *unit"],
     bank: ExpertBank,
     assignment: Assignment,
     weights: Float[Tensor, "*pairs"],
     executor: str = "auto",
-) -> Float[Tensor, T * out]:
+) -> Float[Tensor, " T *out"]:
     """Run a bank on routed tokens.
 
     Args:

@@ -11,8 +11,8 @@ from moecore.routing import Assignment
 
 
 def run_dense(
-    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T * out]:
+    x: Float[Tensor, " T *unit"], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, " T *out"]:
     """Weighted sum over all experts. Costs E / K times the sparse executors and needs E times their memory."""
     out = bank(x[None], EveryLayout())  # [E, T, *out]
     table = assignment.dense(weights).to(out.dtype)  # [T, E]

@@ -15,8 +15,8 @@ _ALIGNMENT = 16  # bytes that row strides must be multiples of
 
 
 def run_grouped_mm(
-    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T * out]:
+    x: Float[Tensor, " T *unit"], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, " T *out"]:
     """Weighted sum of each token's experts, all experts in one call per linear map.
 
     Raises:

@@ -21,8 +21,8 @@ from moecore.routing import Assignment
 
 
 def run_sorted(
-    x: Float[Tensor, T * unit], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
-) -> Float[Tensor, T * out]:
+    x: Float[Tensor, " T *unit"], bank: ExpertBank, assignment: Assignment, weights: Float[Tensor, "*pairs"]
+) -> Float[Tensor, " T *out"]:
     """Weighted sum of each token's experts, expert by expert."""
     plan = make_plan(assignment)
     combine = plan.weights(weights).to(x.dtype)

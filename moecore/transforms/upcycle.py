@@ -40,12 +40,12 @@ def upcycle(ffn: DenseFFN, layer: MoE, noise: float = 0.0, generator: torch.Gene
     first = 0
     if layer.shared is not None:
         shared = layer.shared.bank
-        first = min(shared.hidden, ffn.hidden)
+        first = shared.hidden
         require(
-            shared.hidden <= ffn.hidden,
+            first < ffn.hidden,
             "shared_hidden",
-            shared.hidden,
-            f"the FFN has {ffn.hidden} hidden units",
+            first,
+            f"must leave some of the FFN's {ffn.hidden} hidden units to the routed experts",
         )
         _fill(ffn, shared, _slices(0, first, 1, shared.hidden), share=1.0, bias=1.0)
     bank = _plain_bank(layer)

@@ -1,0 +1,1 @@
+"""Applications on moecore, run from a checkout: `python -m apps.vision train`."""

@@ -1,0 +1,1 @@
+"""Models of the vision app, plain `nn.Module`s."""

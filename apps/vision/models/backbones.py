@@ -1,0 +1,134 @@
+"""Vision transformers by name: small ones of ours for small images, and all of timm's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from apps.errors import ConfigError, UserError
+from apps.runs import load_plain
+from apps.vision.settings import ModelConfig
+from moecore.errors import require
+
+SMALL: dict[str, dict[str, Any]] = {
+    "vit_micro": {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+    "vit_mini": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
+    "vit_mini_conv": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "conv_stem": True},
+}
+"""Sizes that train on a CPU, with global average pooling and a patch size that suits the image."""
+
+
+class ConvStem(nn.Module):
+    """Patches by 3x3 convolutions of stride 2 instead of one large one (arXiv 2106.14881): trains in fewer images.
+
+    Args:
+        img_size: side of the square image.
+        patch_size: a power of two; the stem halves the image that often.
+        in_chans: input channels.
+        embed_dim: D.
+    """
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int = 3, embed_dim: int = 128, **_: Any) -> None:
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        require(patch_size == 2**halvings and halvings >= 1, "patch_size", patch_size, "must be 2, 4, 8, ... with a stem")
+        layers: list[nn.Module] = []
+        channels = in_chans
+        for i in range(halvings):
+            out = embed_dim // 2 ** (halvings - i)
+            layers += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.GELU()]
+            channels = out
+        self.net = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, 1))
+        self.patch_size, self.img_size = (patch_size, patch_size), (img_size, img_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """[B, C, H, W] -> [B, N, D]."""
+        return self.net(x).flatten(2).transpose(1, 2)
+
+
+def make_backbone(config: ModelConfig, channels: int, image_size: int, num_classes: int) -> VisionTransformer:
+    """A ViT for these images, without MoE.
+
+    Raises:
+        ConfigError: for a name that is no ViT, or sizes that do not fit.
+    """
+    given = {"patch_size": config.patch_size, "embed_dim": config.embed_dim, "depth": config.depth}
+    given |= {"num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
+    options = {name: value for name, value in given.items() if value is not None}
+    common = {"img_size": image_size, "in_chans": channels, "num_classes": num_classes}
+    common |= {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    if config.backbone in SMALL:
+        sizes = SMALL[config.backbone] | options
+        sizes.setdefault("patch_size", fitting_patch(image_size))
+        _check_sizes(sizes, image_size)
+        if sizes.pop("conv_stem", False):
+            sizes["embed_layer"] = ConvStem
+        model = VisionTransformer(**sizes, **common, class_token=False, global_pool="avg")
+        _load_pretrained(model, config)
+        return model
+    return _timm_vit(config, options, common)
+
+
+def _timm_vit(config: ModelConfig, options: dict[str, Any], common: dict[str, Any]) -> VisionTransformer:
+    name = config.backbone
+    if name.split(".")[0] not in timm.list_models():
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:4])
+        raise ConfigError("model.backbone", name, f"no such model in timm{f'; near: {close}' if close else ''}")
+    try:
+        model = timm.create_model(name, pretrained=config.pretrained == "timm", **options, **common)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError("model.backbone", name, f"timm says: {str(error).splitlines()[0]}") from error
+    except OSError as error:  # the hub cannot be reached
+        raise UserError(f"model.pretrained=timm: {error}; give a file instead") from error
+    require(hasattr(model, "blocks"), "model.backbone", name, "is no vision transformer with blocks")
+    _load_pretrained(model, config)
+    return model
+
+
+def fitting_patch(image_size: int) -> int:
+    """A patch size of ours: 4x4 patches for the smallest images, 8x8 for small ones, 14x14 or more for photographs."""
+    grid = 4 if image_size <= 16 else 8 if image_size <= 64 else image_size / 16
+    return max(1, round(image_size / grid))
+
+
+def _check_sizes(sizes: dict[str, Any], image_size: int) -> None:
+    width, heads, patch = sizes["embed_dim"], sizes["num_heads"], sizes["patch_size"]
+    require(width % heads == 0, "model.num_heads", heads, f"must divide embed_dim={width}")
+    fits = 1 <= patch <= image_size and image_size % patch == 0
+    require(fits, "model.patch_size", patch, f"must divide the image size {image_size}")
+
+
+def _load_pretrained(model: VisionTransformer, config: ModelConfig) -> None:
+    """Weights of a plain timm ViT from a file; position embeddings are resampled, another classifier is left out."""
+    if config.pretrained in (None, "timm"):
+        return
+    path = Path(config.pretrained)
+    if not path.is_file():
+        raise UserError(f"model.pretrained={path}: no such file (`timm` downloads the backbone's weights)")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = load_plain(path)
+        state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"model.pretrained={path}: holds no state_dict")
+    state = checkpoint_filter_fn(dict(state), model)
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    missing = [k for k in own if k not in fitting and not k.startswith("head.")]
+    if missing:
+        raise UserError(
+            f"model.pretrained={path}: of another architecture than {config.backbone} "
+            f"({len(missing)} tensors missing or of another shape, first {missing[0]})"
+        )
+    model.load_state_dict(fitting, strict=False)
