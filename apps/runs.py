@@ -45,7 +45,9 @@ class Runs:
         if name is not None:
             candidates = [p for p in candidates if p.name == name or _is_numbered(p.name, name)]
         if not candidates:
-            raise UserError(f"ckpt_path=last: no run{f' named {name}' if name else ''} with a checkpoint in {self.folder}")
+            raise UserError(
+                f"ckpt_path=last: no run{f' named {name}' if name else ''} with a checkpoint in {self.folder}"
+            )
         return max(candidates, key=lambda p: (p / "checkpoints" / LAST).stat().st_mtime_ns)
 
     def checkpoint(self, spec: str, name: str | None, resume: bool = False) -> Path:

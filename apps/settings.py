@@ -59,7 +59,9 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         require(self.max_epochs >= -1, "max_epochs", self.max_epochs, "must be at least 1 (or -1: no limit)")
-        require(self.accumulate_grad_batches >= 1, "accumulate_grad_batches", self.accumulate_grad_batches, "at least 1")
+        require(
+            self.accumulate_grad_batches >= 1, "accumulate_grad_batches", self.accumulate_grad_batches, "at least 1"
+        )
         clip = self.gradient_clip_val
         require(clip is None or clip > 0, "gradient_clip_val", clip, "must be positive, or null for no clipping")
         require(self.log_every_n_steps >= 1, "log_every_n_steps", self.log_every_n_steps, "must be at least 1")

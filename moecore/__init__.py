@@ -53,6 +53,7 @@ _HOME = {
     "routing_context": "context",
     "routing_degree": "inspect",
     "routing_metrics": "inspect",
+    "RoutingStats": "inspect",
     "run_reference": "reference",
     "schedule": "topology",
     "SCORES": "build",

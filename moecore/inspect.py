@@ -92,27 +92,62 @@ class LayerMetrics:
         return {name: float(getattr(self, name)) for name in names}
 
 
-@torch.no_grad()
 def routing_metrics(recording: Recording) -> dict[str, LayerMetrics]:
     """Metrics of every recorded layer, its calls taken together."""
-    return {name: _layer_metrics(calls) for name, calls in recording.by_layer().items()}
+    stats = RoutingStats()
+    stats.update(recording)
+    return stats.metrics()
 
 
-def _layer_metrics(calls: list[Routing]) -> LayerMetrics:
-    load = sum(r.assignment.load() for r in calls).double()
-    tokens = sum(r.assignment.num_tokens for r in calls)
-    dropped = sum(int(r.assignment.dropped.sum()) for r in calls if r.assignment.dropped is not None)
+class RoutingStats:
+    """Running totals of what layers routed, for data sets that do not fit one recording.
+
+    Args:
+        num_labels: C, to also count how often tokens of samples with each label went to each expert.
+    """
+
+    def __init__(self, num_labels: int | None = None) -> None:
+        self.num_labels = num_labels
+        self._totals: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, recording: Recording, labels: Int[Tensor, " B"] | None = None) -> None:
+        """Add a recording; with `labels`, of one batch."""
+        for routing in recording:
+            assignment = routing.assignment
+            sums = {
+                "load": assignment.load().double(),
+                "entropy": distribution_entropy(routing.probs.double()).sum(),
+                "tokens": torch.tensor(float(assignment.num_tokens)),
+                "dropped": torch.zeros(()) if assignment.dropped is None else assignment.dropped.sum().double(),
+                "columns": torch.tensor(float(routing.scores.shape[1])),
+            }
+            if self.num_labels is not None and labels is not None:
+                sums["labels"] = expert_label_counts(routing, labels, self.num_labels)
+            totals = self._totals.setdefault(routing.name, {})
+            for name, value in sums.items():
+                totals[name] = totals[name] + value.cpu() if name in totals and name != "columns" else value.cpu()
+
+    def metrics(self) -> dict[str, LayerMetrics]:
+        """Metrics per layer."""
+        return {layer: _layer_metrics(totals) for layer, totals in self._totals.items()}
+
+    def label_counts(self) -> dict[str, Int[Tensor, "C E"]]:
+        """Tokens per label and expert, per layer."""
+        return {layer: totals["labels"] for layer, totals in self._totals.items() if "labels" in totals}
+
+
+def _layer_metrics(totals: dict[str, Tensor]) -> LayerMetrics:
+    load, tokens, dropped = totals["load"], float(totals["tokens"]), float(totals["dropped"])
     filled = float(load.sum())
     share = load / max(filled, 1.0)
-    entropy = torch.cat([distribution_entropy(r.probs.double()) for r in calls])
-    columns = calls[0].scores.shape[1]
     return LayerMetrics(
         load=share.tolist(),
         max_violation=float(share.max() * load.numel() - 1) if filled else 0.0,
         load_entropy=_relative(distribution_entropy(share), load.numel()),
-        router_entropy=_relative(entropy.mean() if entropy.numel() else torch.zeros(()), columns),
+        router_entropy=_relative(totals["entropy"] / max(tokens, 1.0), int(totals["columns"])),
         dead_experts=int((load == 0).sum()),
-        experts_per_token=filled / max(tokens, 1),
+        experts_per_token=filled / max(tokens, 1.0),
         drop_rate=dropped / max(filled + dropped, 1.0),
     )
 

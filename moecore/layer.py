@@ -116,17 +116,21 @@ class MoE(nn.Module):
         x = x.flatten(0, -3)
         if self.unit == "sequence":
             return x, (x.shape[0],)
-        padded = F.pad(x, (0, 0, 0, -x.shape[1] % self.unit))  # zeros on the right up to whole segments
-        segments = padded.reshape(-1, self.unit, x.shape[-1])
-        return segments, (x.shape[0], padded.shape[1] // self.unit)
+        batch, length, width = x.shape
+        segments = self._segments(length)
+        padded = F.pad(x, (0, 0, 0, segments * self.unit - length))  # zeros on the right up to whole segments
+        return padded.reshape(batch * segments, self.unit, width), (batch, segments)
+
+    def _segments(self, length: int) -> int:
+        """Segments that hold `length` tokens; written so that export sees sizes divide."""
+        return (length + self.unit - 1) // self.unit
 
     def _tokens(self, y: Tensor, x: Tensor) -> Tensor:
         """Back to the shape of the input, padding cut off."""
-        if self.unit not in ("token", "sequence"):
-            length = x.shape[-2]
-            padded = length + -length % self.unit
-            y = y.reshape(x.shape[:-2].numel(), padded, y.shape[-1])[:, :length]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.unit in ("token", "sequence"):
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        length = x.shape[-2]
+        return y.reshape(*x.shape[:-2], self._segments(length) * self.unit, y.shape[-1])[..., :length, :]
 
     def extra_repr(self) -> str:
         """Unit and executor, for `print(model)`."""

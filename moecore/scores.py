@@ -126,7 +126,8 @@ class CentroidScore(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T E"]:
         """[T, D] -> [T, E]."""
-        distance = torch.cdist(x, self.centroids.to(x.dtype))
+        # One fixed way to compute: by default it changes at 25 tokens, which export could not trace.
+        distance = torch.cdist(x, self.centroids.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist")
         return -distance if self.prefer == "nearest" else distance
 
 

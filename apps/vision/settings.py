@@ -63,8 +63,8 @@ class DataConfig:
     """Images per training step."""
     num_workers: int | None = None
     """Loader processes; null: none for images held in memory, else one per free core, at most 8."""
-    cache: Literal["auto", "ram", "none"] = "auto"
-    """Hold decoded images in memory: always, never, or if they fit 2 GiB."""
+    cache: Literal["auto", "none"] = "auto"
+    """Hold decoded images in memory if they are small and fit 2 GiB, or never."""
     on_error: Literal["raise", "skip"] = "raise"
     """An unreadable image stops the run, or is left out and counted."""
     flip: bool | None = None

@@ -112,7 +112,7 @@ def _fill(ffn: DenseFFN, bank: MLPBank, units: Int[Tensor, "E F"], share: float,
         gated == asked,
         "glu",
         asked,
-        f"the FFN {'has' if gated else 'has no'} gate; leave glu null to upcycle it",
+        f"the FFN has {'a' if gated else 'no'} gate; leave glu null to upcycle it",
     )
     units = units.to(ffn.up.device)
     copies = (units[:, :, None] == units[:, None, :]).sum(-1).to(ffn.down.dtype)  # [E, F]

@@ -37,7 +37,9 @@ class ConvStem(nn.Module):
     def __init__(self, img_size: int, patch_size: int, in_chans: int = 3, embed_dim: int = 128, **_: Any) -> None:
         super().__init__()
         halvings = patch_size.bit_length() - 1
-        require(patch_size == 2**halvings and halvings >= 1, "patch_size", patch_size, "must be 2, 4, 8, ... with a stem")
+        require(
+            patch_size == 2**halvings and halvings >= 1, "patch_size", patch_size, "must be 2, 4, 8, ... with a stem"
+        )
         layers: list[nn.Module] = []
         channels = in_chans
         for i in range(halvings):

@@ -1,0 +1,132 @@
+"""What every training run does besides training: repeat exactly, keep checkpoints, stop on NaN, watch the routing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor
+
+import moecore
+from apps.errors import UserError
+from apps.loading import derive_seed
+from apps.runs import LAST, load_plain
+from moecore.files import atomic_path
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints written whole or not at all, and loaded without executing anything."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write atomically."""
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        """Load plain data only."""
+        return load_plain(path)
+
+
+class ResumePoints(Callback):
+    """Writes `last.ckpt` every so many steps and at the end of every epoch.
+
+    Args:
+        folder: of the checkpoints.
+        every: steps between.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.file, self.every = folder / LAST, every
+        self._saved_step = -1
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save within an epoch; its end is saved after validation."""
+        step = trainer.global_step
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if step % self.every == 0 and step != self._saved_step and not last:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save between epochs."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.file)
+
+
+class StepSeeds(Callback):
+    """Seeds torch before every batch from (seed, batch number), so that dropout, noise and mixing repeat exactly.
+
+    A run that is resumed at any batch then continues as if it had never stopped.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Seed by the batch's number over all epochs, differently on every rank."""
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        torch.manual_seed(derive_seed(self.seed, number, trainer.global_rank))
+
+
+class StopOnNaN(Callback):
+    """Ends training with one line when the loss or a gradient is no longer finite, before weights are touched.
+
+    Args:
+        folder: of the checkpoints, for the message.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        """Check the gradients; they are NaN wherever the loss is."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            file = self.folder / LAST
+            kept = f"the last good checkpoint is {file}" if file.is_file() else "no checkpoint had been written yet"
+            raise UserError(
+                f"step {trainer.global_step}: loss or gradients are {'NaN' if torch.isnan(norm) else 'infinite'}; "
+                f"training stopped, {kept}; try a lower --optim.lr"
+            )
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Exponential moving average of the weights, with the early steps averaged less so that they are soon forgotten.
+
+    Args:
+        decay: of the average once it has warmed up.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+        self._decay = decay
+        self._kwargs["avg_fn"] = self._average
+
+    def _average(self, average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        decay = min(self._decay, (1 + int(updates)) / (10 + int(updates)))
+        return average * decay + current * (1 - decay) if average.is_floating_point() else current
+
+
+class RoutingMonitor(Callback):
+    """Logs balance and sharpness of every MoE layer, and lets balance controllers take their steps.
+
+    The module leaves what it recorded of a batch in `module.recording`.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        """After a batch: controllers each step, metrics at logging steps."""
+        recording: moecore.Recording = module.recording
+        moecore.update_controllers(recording)
+        if recording and trainer.global_step % trainer.log_every_n_steps == 0:
+            for layer, metrics in moecore.routing_metrics(recording).items():
+                for name, value in metrics.scalars().items():
+                    module.log(f"routing/{layer}/{name}", value)
+                for expert, share in enumerate(metrics.load):
+                    module.log(f"load/{layer}/{expert}", share)
+        module.recording = moecore.Recording()

@@ -1,0 +1,105 @@
+"""Measuring a classifier on a data set: scores, errors, calibration, and what its experts did."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+from tqdm import tqdm
+
+import moecore
+from apps.vision.models.vimoe import ViMoE
+
+
+@dataclass
+class Evaluation:
+    """Scores of a whole data set and statistics of the routing."""
+
+    scores: Float[Tensor, "N C"]
+    labels: Int[Tensor, " N"]
+    routing: dict[str, moecore.LayerMetrics]
+    label_counts: dict[str, Int[Tensor, "C E"]]
+    images_per_second: float
+    """Over the forward passes, CPU time if on a CPU."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """For the first images: per layer the expert of every unit (`moecore.token_map`)."""
+
+    @property
+    def confusion(self) -> Int[Tensor, "C C"]:
+        """Counts, true class by predicted class."""
+        return multiclass_confusion_matrix(self.scores, self.labels, self.scores.shape[1])
+
+    def scalars(self) -> dict[str, float]:
+        """Figures by flat name."""
+        classes = self.scores.shape[1]
+        figures = {
+            "images": float(len(self.labels)),
+            "accuracy": float(multiclass_accuracy(self.scores, self.labels, classes, average="micro")),
+            "macro_f1": float(multiclass_f1_score(self.scores, self.labels, classes, average="macro")),
+            "log_loss": float(F.cross_entropy(self.scores, self.labels)),
+            "calibration_error": float(multiclass_calibration_error(self.scores.softmax(-1), self.labels, classes)),
+            "images_per_second": self.images_per_second,
+        }
+        if classes > 5:
+            figures["top5_accuracy"] = float(
+                multiclass_accuracy(self.scores, self.labels, classes, top_k=5, average="micro")
+            )
+        for layer, metrics in self.routing.items():
+            figures |= {f"routing/{layer}/{name}": value for name, value in metrics.scalars().items()}
+            figures[f"routing/{layer}/specialisation"] = moecore.specialisation(self.label_counts[layer])
+        return figures
+
+
+@torch.no_grad()
+def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: int = 256) -> Evaluation:
+    """Run a model over batches of (images, labels).
+
+    Args:
+        model: put into eval mode.
+        batches: an iterable of batches with a length.
+        progress: show a bar.
+        keep_maps: for how many images to keep which expert took each unit.
+    """
+    model.eval()
+    device = model.mean.device
+    stats = moecore.RoutingStats(len(model.images.classes))
+    scores, labels, seconds = [], [], 0.0
+    maps: dict[str, list[Tensor]] = {}
+    kept = 0
+    for images, target in tqdm(batches, "evaluating", leave=False, disable=not progress):
+        started = _clock(device)
+        with moecore.record(model) as recording:
+            out = model(images.to(device))
+        seconds += _clock(device) - started
+        scores.append(out.float().cpu())
+        labels.append(target)
+        stats.update(recording, target.to(device))
+        if kept < keep_maps:
+            for routing in recording:
+                maps.setdefault(routing.name, []).append(moecore.token_map(routing)[: keep_maps - kept].cpu())
+            kept += len(target)
+    return Evaluation(
+        torch.cat(scores),
+        torch.cat(labels),
+        stats.metrics(),
+        stats.label_counts(),
+        sum(map(len, labels)) / max(seconds, 1e-9),
+        {name: torch.cat(parts) for name, parts in maps.items()},
+    )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()

@@ -1,0 +1,50 @@
+"""Trained classifiers from checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.runs import load_checkpoint
+from apps.training import check_fits, restore
+from apps.vision.models.vimoe import ImageSpec, ViMoE
+from apps.vision.settings import VisionConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its weights, and where they came from."""
+
+    model: ViMoE
+    config: VisionConfig
+    path: Path
+    checkpoint: dict[str, Any]
+
+
+def load_trained(path: Path, config: VisionConfig | None = None) -> Trained:
+    """The model of a checkpoint, on the GPU if there is one.
+
+    Args:
+        path: of the checkpoint.
+        config: settings to build it by; None: those it was trained with.
+
+    Raises:
+        UserError: if the weights are of another architecture.
+    """
+    checkpoint = load_checkpoint(path, "vision")
+    config = config or restore(VisionConfig, checkpoint["config"])
+    model = ViMoE(_without_pretrained(config), ImageSpec.from_dict(checkpoint["images"]))
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    check_fits(state, model, path)
+    model.load_state_dict(state)
+    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    return Trained(model.to(device).eval(), config, path, checkpoint)
+
+
+def _without_pretrained(config: VisionConfig):
+    import dataclasses
+
+    return dataclasses.replace(config.model, pretrained=None)

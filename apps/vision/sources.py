@@ -1,0 +1,195 @@
+"""Where images come from: scikit-learn's digits, CIFAR, a folder or an archive; and reading them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from apps.errors import UserError
+from apps.vision.settings import DataConfig
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+
+
+@dataclass
+class Table:
+    """Images of one split, not yet decoded: names, class names, and how to get each one's bytes or pixels."""
+
+    names: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    items: list[bytes | Path | np.ndarray] = field(default_factory=list)
+
+    def add(self, name: str, label: str, item: bytes | Path | np.ndarray) -> None:
+        """Append one image."""
+        self.names.append(name)
+        self.classes.append(label)
+        self.items.append(item)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, indices: list[int]) -> Table:
+        """The images with these numbers."""
+        return Table(*([column[i] for i in indices] for column in (self.names, self.classes, self.items)))
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded."""
+
+
+def open_image(item: bytes | Path | np.ndarray) -> Image.Image:
+    """The image, its header read."""
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    try:
+        return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise Unreadable(str(error).split(" <")[0]) from error
+
+
+def decode(item: bytes | Path | np.ndarray, channels: int) -> UInt8[Tensor, "C H W"]:
+    """Pixels of one image as uint8 [C, H, W], in grey (1) or RGB (3)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow on odd metadata; the pixels are what counts
+            pixels = np.asarray(open_image(item).convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Unreadable(str(error).split(" <")[0]) from error
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
+
+
+def load_tables(config: DataConfig) -> dict[str, Table]:
+    """The splits that the data itself has: "train", perhaps "val" and "test"."""
+    if config.dataset == "digits":
+        return {"train": _digits()}
+    root = Path(config.root or "data")
+    if config.dataset != "folder" and not _holds_images(root):
+        return _cifar(root, config.dataset)
+    if not root.exists():
+        raise UserError(f"data.root={root}: no such folder or archive")
+    tables = _read(root)
+    if not any(len(table) for table in tables.values()):
+        raise UserError(
+            f"data.root={root}: no images; expected [train/ test/]<class>/<image> with {' '.join(sorted(SUFFIXES))}"
+        )
+    tables.setdefault("train", Table())
+    classes = sorted(set(tables["train"].classes))
+    if len(classes) < 2:
+        only = f"only the class {classes[0]!r}" if classes else "no training images"
+        raise UserError(f"data.root={root}: {only}; a classifier needs images of at least two classes")
+    return tables
+
+
+def _digits() -> Table:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    table = Table()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        table.add(f"digits/{i}", str(label), np.round(pixels * (255 / 16)).astype(np.uint8))
+    return table
+
+
+def _cifar(root: Path, dataset: str) -> dict[str, Table]:
+    """torchvision's CIFAR, downloaded if need be."""
+    from torchvision import datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    tables = {}
+    for split in ("train", "test"):
+        try:
+            data = cls(str(root), train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"data.dataset={dataset}: cannot be downloaded ({error}); --data.root may name a folder or archive of it"
+            ) from error
+        table = tables[split] = Table()
+        for i, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
+            table.add(f"{dataset}/{split}/{i}", data.classes[label], pixels)
+    return tables
+
+
+def _holds_images(root: Path) -> bool:
+    """Whether the folder or archive has images in class folders (rather than torchvision's own files)."""
+    if not root.exists():
+        return False
+    return (
+        _archive(root) is not None
+        or any(p.suffix.lower() in SUFFIXES for p in root.glob("*/*"))
+        or any(p.suffix.lower() in SUFFIXES for p in root.glob("*/*/*"))
+    )
+
+
+def _archive(root: Path) -> Path | None:
+    """The archive that `root` is, or the only one in it where it has no class folders."""
+    if root.is_file():
+        return root
+    found = [p for p in root.iterdir() if p.name.lower().endswith(ARCHIVES) and not _torchvision_file(p)]
+    return found[0] if len(found) == 1 and not any(p.is_dir() for p in root.iterdir()) else None
+
+
+def _torchvision_file(path: Path) -> bool:
+    return path.name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz")
+
+
+def _read(root: Path) -> dict[str, Table]:
+    archive = _archive(root)
+    if archive is None:
+        members: Iterator[tuple[PurePosixPath, Callable[[], bytes | Path]]] = (
+            (PurePosixPath(p.relative_to(root).as_posix()), lambda p=p: p) for p in sorted(root.rglob("*"))
+        )
+        label = root
+    else:
+        members, label = _members(archive), archive
+    images = [(path, get) for path, get in members if path.suffix.lower() in SUFFIXES and "__MACOSX" not in path.parts]
+    images = _without_common_folder(images)
+    tables: dict[str, Table] = {}
+    for path, get in sorted(images, key=lambda pair: pair[0]):
+        parts = path.parts
+        split = SPLITS.get(parts[0].lower()) if len(parts) >= 3 else None
+        if len(parts) < (3 if split else 2):
+            continue  # an image outside any class folder
+        tables.setdefault(split or "train", Table()).add(f"{label}/{path}", parts[1 if split else 0], get())
+    return tables
+
+
+def _members(archive: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+    """Files of an archive, read into memory in one pass; nothing is written to disk."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                for info in file.infolist():
+                    if not info.is_dir() and PurePosixPath(info.filename).suffix.lower() in SUFFIXES:
+                        yield PurePosixPath(info.filename), lambda data=file.read(info): data
+            return
+        with tarfile.open(archive) as file:
+            for member in file:
+                if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                    yield PurePosixPath(member.name), lambda data=file.extractfile(member).read(): data
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"data.root={archive}: not a readable archive ({error})") from error
+
+
+def _without_common_folder(images: list) -> list:
+    """Paths relative to the folder that holds the splits or classes, however deep an archive nests it."""
+    while images:
+        first = {path.parts[0] for path, _ in images}
+        depths = {len(path.parts) for path, _ in images}
+        name = next(iter(first))
+        if len(first) > 1 or min(depths) < 3 or name.lower() in SPLITS:
+            return images
+        images = [(PurePosixPath(*path.parts[1:]), get) for path, get in images]
+    return images

@@ -1,0 +1,127 @@
+"""What each verb of the vision app does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apps import output, training
+from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
+from apps.verbs import Benchmark, Evaluate, Export, Predict, Report, Search, Train
+from apps.vision.data import VisionData
+from apps.vision.evaluation import Evaluation
+from apps.vision.evaluation import evaluate as measure
+from apps.vision.loading import Trained, load_trained
+from apps.vision.settings import VisionConfig
+from apps.vision.task import ViMoETask
+
+
+def train(config: VisionConfig, args: Train, source: str | None) -> None:
+    """Train, test the best checkpoint, write the report."""
+    training.prepare_process(config.run)
+    runs = Runs(config.run.root, "vision")
+    name = config.run.name or (Path(source).stem if source else config.data.dataset)
+    resume = runs.checkpoint(args.ckpt_path, name, resume=True) if args.ckpt_path else None
+    data = VisionData(config.data, config.run.seed)
+    task = ViMoETask(config, data.spec)
+    if resume:
+        training.check_fits(load_checkpoint(resume, "vision")["state_dict"], task, resume)
+    folder = run_folder(resume) if resume else runs.create(name)
+    trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/accuracy", "max")
+    print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
+    training.fit(trainer, task, data, folder, config, resume)
+    if trainer.global_rank == 0:
+        _finish(config, args, folder, data)
+
+
+def _finish(config: VisionConfig, args: Train, folder: Path, data: VisionData) -> None:
+    best = folder / "checkpoints" / BEST
+    trained = load_trained(best if best.is_file() else folder / "checkpoints" / LAST)
+    data.trainer = None
+    evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
+    figures = _figures(trained, evaluation, data)
+    output.show("test", figures)
+    output.write_json(folder / "test.json", figures)
+    output.write_json(args.json, figures)
+    if config.run.report:
+        from apps.vision.report import write_report
+
+        print(f"report: {write_report(trained, evaluation, data, folder / 'report.html')}")
+
+
+def _figures(trained: Trained, evaluation: Evaluation, data: VisionData) -> dict[str, float]:
+    import moecore
+
+    figures = evaluation.scalars() | moecore.count_cost(trained.model, trained.model.example_input()).scalars()
+    return figures | {"skipped_images": data.skipped} if data.skipped else figures
+
+
+def evaluate(config: VisionConfig, args: Evaluate, source: str | None) -> None:
+    """Measure on the test images of the configured data."""
+    training.prepare_process(config.run)
+    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    data = VisionData(config.data, config.run.seed, spec=trained.model.images)
+    evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
+    figures = _figures(trained, evaluation, data)
+    output.show(f"test: {trained.path}", figures)
+    output.write_json(args.json, figures)
+
+
+def predict(config: VisionConfig, args: Predict, source: str | None) -> None:
+    """Classify a file or a folder of images."""
+    from apps.vision.prediction import predict_images
+
+    training.prepare_process(config.run)
+    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    rows, skipped = predict_images(trained.model, Path(args.input), config.data)
+    path = output.write_rows(args.output, rows)
+    print(f"{len(rows)} predictions: {path}" + (f" ({skipped} unreadable images skipped)" if skipped else ""))
+
+
+def report(config: VisionConfig, args: Report, source: str | None) -> None:
+    """Write the report of a trained model."""
+    from apps.vision.report import write_report
+
+    training.prepare_process(config.run)
+    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    data = VisionData(config.data, config.run.seed, spec=trained.model.images)
+    evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
+    target = Path(args.output) if args.output else run_folder(trained.path) / "report.html"
+    print(f"report: {write_report(trained, evaluation, data, target)}")
+
+
+def export(config: VisionConfig, args: Export, source: str | None) -> None:
+    """Write an ONNX file, compared with PyTorch on test images."""
+    from apps.vision.deploy import export_onnx
+
+    training.prepare_process(config.run)
+    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    data = VisionData(config.data, config.run.seed, spec=trained.model.images)
+    target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
+    figures = export_onnx(trained, data, target)
+    output.show(f"exported: {target}", figures)
+    output.write_json(args.json, figures)
+
+
+def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None:
+    """Time the model beside its dense twin."""
+    from apps.vision.benchmark import run_benchmark
+
+    training.prepare_process(config.run)
+    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config) if args.ckpt_path else None
+    rows = run_benchmark(config, trained, args.batch_sizes, args.rounds)
+    output.show_table("benchmark: MoE beside the dense twin of equal active multiply-adds", rows)
+    output.write_json(args.json, rows)
+
+
+def search(config: VisionConfig, args: Search, source: str | None) -> None:
+    """Search hyperparameters."""
+    from apps.search import run_search
+    from apps.vision.trial import objective
+
+    training.prepare_process(config.run)
+    run_search("vision", config, args, objective, name=config.run.name or config.data.dataset, direction="maximize")
+
+
+def _checkpoint(config: VisionConfig, spec: str, source: str | None) -> Path:
+    name = config.run.name if spec != "last" else (Path(source).stem if source else None)
+    return Runs(config.run.root, "vision").checkpoint(spec, name)

@@ -1,0 +1,1 @@
+"""Trained models in deployable forms, each compared with PyTorch before it is called done."""

@@ -1,0 +1,82 @@
+"""ONNX: every MoE layer in its dense form (all experts, static shapes), dynamic batch, checked and annotated."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moecore
+from moecore.files import atomic_path
+
+OPSET = 20
+"""Has Gelu natively; onnxruntime from 1.17 on runs it."""
+IR_VERSION = 10
+
+
+class ExportError(Exception):
+    """A model that cannot take the form asked for; one line that says why and what can."""
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    input_name: str = "input",
+    output_name: str = "output",
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model as one ONNX file.
+
+    Args:
+        model: put into eval mode; its MoE layers are traced in the dense form.
+        example: an input with at least two samples; its first dimension becomes dynamic.
+        path: of the file; written whole or not at all.
+        input_name: name of the input.
+        output_name: name of the output.
+        metadata: plain data kept in the file (`custom_metadata_map` in onnxruntime), values other than strings as
+            JSON.
+
+    Raises:
+        ExportError: for a model that sees the whole batch at once even in eval mode.
+    """
+    import onnx
+
+    _refuse_batch_routing(model)
+    model.eval()
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    proto = program.model_proto
+    proto.ir_version = IR_VERSION
+    for key, value in (metadata or {}).items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    onnx.checker.check_model(proto, full_check=True)
+    with atomic_path(path) as temporary:
+        onnx.save_model(proto, temporary)
+    return path
+
+
+def _refuse_batch_routing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, moecore.MoE) and getattr(module.router.select, "eval_sees_batch", False):
+            raise ExportError(
+                f"{name}: routes by the whole batch (expert choice with eval_sees_batch); "
+                "set eval_sees_batch to false for the per-token form"
+            )
