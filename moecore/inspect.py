@@ -162,6 +162,13 @@ def _relative(entropy: Tensor, size: int) -> float:
     return 1.0 if size == 1 else float(entropy / torch.tensor(float(size)).log())
 
 
+def expert_counts(routing: Routing) -> Int[Tensor, "B E"]:
+    """Tokens of each sample that went to each expert; the routing's leading dimension is the batch."""
+    chosen = routing.assignment.chosen().long()  # [T, E]
+    batch = routing.lead[0] if routing.lead else chosen.shape[0]
+    return chosen.view(batch, -1, chosen.shape[1]).sum(1)
+
+
 def expert_label_counts(routing: Routing, labels: Int[Tensor, " B"], num_labels: int) -> Int[Tensor, "C E"]:
     """How often tokens of samples with each label went to each expert.
 
@@ -170,12 +177,12 @@ def expert_label_counts(routing: Routing, labels: Int[Tensor, " B"], num_labels:
         labels: one per sample.
         num_labels: C.
     """
-    token, expert, _ = routing.assignment.pairs(routing.weights)
-    per_sample = max(routing.assignment.num_tokens // max(labels.numel(), 1), 1)
-    label = labels.repeat_interleave(per_sample)[token]
-    experts = routing.assignment.num_experts
-    index = label * experts + expert
-    return torch.bincount(index, minlength=num_labels * experts).view(num_labels, experts)
+    return sum_by_label(expert_counts(routing), labels, num_labels)
+
+
+def sum_by_label(counts: Int[Tensor, "B E"], labels: Int[Tensor, " B"], num_labels: int) -> Int[Tensor, "C E"]:
+    """Rows of `expert_counts` added up per label."""
+    return counts.new_zeros(num_labels, counts.shape[1]).index_add(0, labels, counts)
 
 
 def mutual_information(counts: Float[Tensor, "C E"] | Int[Tensor, "C E"]) -> float:

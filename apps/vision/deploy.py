@@ -8,7 +8,8 @@ from pathlib import Path
 from apps.errors import UserError
 from apps.vision.data import VisionData
 from apps.vision.loading import Trained
-from export.onnx import ExportError, export_onnx as write_onnx
+from export.onnx import ExportError
+from export.onnx import export_onnx as write_onnx
 from export.verify import TOLERANCE, compare_onnx
 from moecore import __version__
 

@@ -28,11 +28,27 @@ class Evaluation:
     scores: Float[Tensor, "N C"]
     labels: Int[Tensor, " N"]
     routing: dict[str, moecore.LayerMetrics]
-    label_counts: dict[str, Int[Tensor, "C E"]]
+    expert_counts: dict[str, Int[Tensor, "N E"]]
+    """Per layer, tokens of each image that went to each expert."""
     images_per_second: float
     """Over the forward passes, CPU time if on a CPU."""
     first: dict[str, Tensor] = field(default_factory=dict)
-    """For the first images: per layer the expert of every unit (`moecore.token_map`)."""
+    """For the first images: per layer the main expert of every unit (`moecore.token_map`)."""
+
+    def label_counts(self, layer: str) -> Int[Tensor, "C E"]:
+        """Tokens of each class that went to each expert of a layer."""
+        return moecore.sum_by_label(self.expert_counts[layer], self.labels, self.scores.shape[1])
+
+    def specialisation(self, layer: str) -> float:
+        """Share of the class that the choice of expert gives away."""
+        return moecore.specialisation(self.label_counts(layer))
+
+    def chance(self, layer: str, draws: int = 5) -> float:
+        """The same with labels shuffled among the images: what so many images give by chance."""
+        generator = torch.Generator().manual_seed(0)
+        counts, classes = self.expert_counts[layer], self.scores.shape[1]
+        shuffled = [self.labels[torch.randperm(len(self.labels), generator=generator)] for _ in range(draws)]
+        return sum(moecore.specialisation(moecore.sum_by_label(counts, y, classes)) for y in shuffled) / draws
 
     @property
     def confusion(self) -> Int[Tensor, "C C"]:
@@ -56,7 +72,7 @@ class Evaluation:
             )
         for layer, metrics in self.routing.items():
             figures |= {f"routing/{layer}/{name}": value for name, value in metrics.scalars().items()}
-            figures[f"routing/{layer}/specialisation"] = moecore.specialisation(self.label_counts[layer])
+            figures[f"routing/{layer}/specialisation"] = self.specialisation(layer)
         return figures
 
 
@@ -72,9 +88,10 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
     """
     model.eval()
     device = model.mean.device
-    stats = moecore.RoutingStats(len(model.images.classes))
+    stats = moecore.RoutingStats()
     scores, labels, seconds = [], [], 0.0
     maps: dict[str, list[Tensor]] = {}
+    counts: dict[str, list[Tensor]] = {}
     kept = 0
     for images, target in tqdm(batches, "evaluating", leave=False, disable=not progress):
         started = _clock(device)
@@ -83,7 +100,9 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
         seconds += _clock(device) - started
         scores.append(out.float().cpu())
         labels.append(target)
-        stats.update(recording, target.to(device))
+        stats.update(recording)
+        for routing in recording:
+            counts.setdefault(routing.name, []).append(moecore.expert_counts(routing).cpu())
         if kept < keep_maps:
             for routing in recording:
                 maps.setdefault(routing.name, []).append(moecore.token_map(routing)[: keep_maps - kept].cpu())
@@ -92,7 +111,7 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
         torch.cat(scores),
         torch.cat(labels),
         stats.metrics(),
-        stats.label_counts(),
+        {name: torch.cat(parts) for name, parts in counts.items()},
         sum(map(len, labels)) / max(seconds, 1e-9),
         {name: torch.cat(parts) for name, parts in maps.items()},
     )

@@ -1,2 +1,198 @@
-def write_report(*a):
-    return "soon"
+"""The report of a classifier: curves, errors, and what its experts learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import moecore
+from apps import figures
+from apps.curves import read_curves
+from apps.report import Page
+from apps.runs import run_folder
+from apps.vision import pictures
+from apps.vision.data import Images, VisionData
+from apps.vision.evaluation import Evaluation
+from apps.vision.loading import Trained
+
+MARGIN = 0.05
+"""A layer is worth keeping as MoE when its experts give away so much more of the class than chance."""
+
+
+def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, path: Path) -> Path:
+    """Write the page.
+
+    Args:
+        trained: the model; curves come from the folder it was trained in.
+        evaluation: of its test images.
+        data: whose test images are shown.
+        path: of the file.
+    """
+    curves = read_curves(run_folder(trained.path) / "metrics.csv")
+    scalars = evaluation.scalars()
+    cost = moecore.count_cost(trained.model, trained.model.example_input())
+    model = trained.config.model
+    page = Page(
+        title=f"{run_folder(trained.path).name}: {model.backbone} with Mixture-of-Experts layers",
+        subtitle=f"{trained.path}, {len(evaluation.labels):,} test images, {len(data.spec.classes)} classes",
+        key_figures={
+            "test accuracy": f"{scalars['accuracy']:.2%}",
+            "parameters held": _short(cost.total_params),
+            "parameters a token uses": _short(cost.active_params),
+            "multiply-adds per image": _short(cost.macs),
+            "if every expert ran": _short(cost.all_experts_macs),
+            "images per second": _short(scalars["images_per_second"]),
+        },
+    )
+    _learning(page, curves)
+    if evaluation.routing:
+        _specialisation(page, evaluation)
+        _classes(page, evaluation, data)
+        _samples(page, trained, evaluation, data.images("test"))
+        _load(page, evaluation, curves)
+    _errors(page, evaluation, data)
+    _figures(page, {k: v for k, v in scalars.items() if "/" not in k} | cost.scalars())
+    return page.write(path)
+
+
+def _short(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {suffix}"
+    return f"{value:.3g}"
+
+
+def _name(layer: str) -> str:
+    """`backbone.blocks.3.mlp` as `block 3`."""
+    number = [part for part in layer.split(".") if part.isdigit()]
+    return f"block {number[-1]}" if number else layer
+
+
+def _learning(page: Page, curves: list[dict[str, float]]) -> None:
+    def line(metric: str):
+        points = [(row["step"], row[metric]) for row in curves if metric in row]
+        return tuple(zip(*points, strict=True)) if points else None
+
+    wanted = {
+        "loss": {"train": "train/loss", "validation": "val/loss", "balance loss": "train/balance_loss"},
+        "accuracy": {"train (augmented)": "train/accuracy", "validation": "val/accuracy"},
+        "learning rate": {"learning rate": "train/lr"},
+    }
+    panels = {title: {n: line(m) for n, m in names.items() if line(m)} for title, names in wanted.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    section = page.section("Learning curves")
+    if panels:
+        section.figure(
+            figures.curves(panels), "Training is logged per step with augmented images, validation per epoch."
+        )
+    else:
+        section.text("No curves: metrics.csv is not beside the checkpoint.")
+
+
+def _specialisation(page: Page, evaluation: Evaluation) -> None:
+    layers = list(evaluation.routing)
+    value = {_name(layer): evaluation.specialisation(layer) for layer in layers}
+    chance = {_name(layer): evaluation.chance(layer) for layer in layers}
+    section = page.section("Which layers specialise")
+    section.text(
+        "Specialisation is the mutual information between an image's class and the experts its tokens go to, as a share "
+        "of the class's entropy: 0 when experts ignore the class, 1 when the expert alone gives it away. ViMoE's analysis: "
+        "keep MoE where experts specialise, make the other layers dense again. A low figure is no flaw where routing "
+        "follows something other than the class, such as texture or position; try the hint, do not trust it."
+    )
+    section.figure(
+        figures.bars(value, chance, "share of the class given away", "shuffled labels"),
+        "Specialisation per layer; the mark is what shuffled labels give.",
+    )
+    rows = []
+    for layer in layers:
+        name, metrics = _name(layer), evaluation.routing[layer]
+        rows.append(
+            {
+                "layer": name,
+                "specialisation": round(value[name], 4),
+                "by chance": round(chance[name], 4),
+                "hint": "keep MoE" if value[name] - chance[name] > MARGIN else "try dense here",
+                "load entropy": round(metrics.load_entropy, 3),
+                "max violation": round(metrics.max_violation, 3),
+                "dead experts": metrics.dead_experts,
+                "experts per token": round(metrics.experts_per_token, 2),
+                "router entropy": round(metrics.router_entropy, 3),
+            }
+        )
+    section.table(rows)
+
+
+def _classes(page: Page, evaluation: Evaluation, data: VisionData) -> None:
+    maps = {}
+    for layer in evaluation.routing:
+        counts = evaluation.label_counts(layer).double()
+        maps[_name(layer)] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    page.section("Classes and experts").figure(
+        figures.heatmaps(maps, data.spec.classes, "class", "expert"),
+        "Each row shows to which experts the tokens of one class go; equal rows mean that routing ignores the class.",
+    )
+
+
+def _samples(page: Page, trained: Trained, evaluation: Evaluation, images: Images) -> None:
+    section = page.section("What each expert sees")
+    section.text(
+        "Test images with the largest share of tokens at each expert. Where tokens are routed one by one, those that go "
+        "elsewhere are dimmed."
+    )
+    for layer in evaluation.routing:
+        grid = pictures.samples_per_expert(trained.model, images, evaluation, layer)
+        section.figure(grid, f"{_name(layer)}: one row per expert, numbered as in the other figures.", photo=True)
+    if any(m.dim() == 2 for m in evaluation.first.values()):
+        section.figure(
+            pictures.token_maps(trained.model, images, evaluation, {k: _name(k) for k in evaluation.routing}),
+            "Which expert takes which patch, per layer; colours are experts, as in the load figure.",
+            photo=True,
+        )
+
+
+def _load(page: Page, evaluation: Evaluation, curves: list[dict[str, float]]) -> None:
+    section = page.section("Expert load")
+    layers = {}
+    for layer, metrics in evaluation.routing.items():
+        names = [f"load/{layer.removeprefix('model.')}/{e}" for e in range(len(metrics.load))]
+        rows = [row for row in curves if names[0] in row]
+        if rows:
+            shares = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+            layers[_name(layer)] = ([row["step"] for row in rows], shares)
+    if layers:
+        section.figure(
+            figures.load_over_time(layers), "Share of training tokens per expert, over the steps of training."
+        )
+    rows = [
+        {"layer": _name(layer)} | {f"expert {e}": round(share, 3) for e, share in enumerate(metrics.load)}
+        for layer, metrics in evaluation.routing.items()
+        if len(metrics.load) <= 16
+    ]
+    if len({len(row) for row in rows}) == 1:
+        section.text("On the test images:").table(rows)
+
+
+def _errors(page: Page, evaluation: Evaluation, data: VisionData) -> None:
+    section = page.section("Errors")
+    if len(data.spec.classes) <= 120:
+        section.figure(
+            figures.confusion(evaluation.confusion.numpy(), data.spec.classes), "Test images: true by predicted class."
+        )
+    probs = evaluation.scores.softmax(-1)
+    confidence, predicted = probs.max(-1)
+    wrong = torch.nonzero(predicted != evaluation.labels).flatten()
+    if len(wrong):
+        worst = wrong[confidence[wrong].argsort(descending=True)][:16].tolist()
+        names = data.spec.classes
+        captions = [f"{names[evaluation.labels[i]]}\n→ {names[predicted[i]]} {confidence[i]:.0%}" for i in worst]
+        grid = pictures.image_grid(data.images("test"), worst, captions)
+        section.figure(grid, "The most confident mistakes: true class, then the prediction.", photo=True)
+    else:
+        section.text("No test image was classified wrongly.")
+
+
+def _figures(page: Page, values: dict[str, float]) -> None:
+    page.section("All figures").table([{"figure": name, "value": value} for name, value in values.items()])

@@ -151,14 +151,17 @@ def test_router_of_a_model_cast_to_bfloat16_still_routes_in_float32(score, weigh
 
 
 def test_selection_passes_no_gradient():
-    """Only what the weights read is differentiated: the bias of a controller sees none, nor do unchosen logits."""
+    """Only what the weights read is differentiated: selection and its bias see none, nor do unchosen logits."""
     controller = moecore.LossFreeBias(E)
     controller.bias.requires_grad_()
+    adjust, seen = controller.adjust, []
+    controller.adjust = lambda scores, activation: (seen.append(scores.requires_grad), adjust(scores, activation))[1]
     router = linear_router(controller=controller, weight="softmax_chosen")
     score = nn.Parameter(torch.randn(T, E))
     router.score = FixedScore(score)
     routing = router(torch.randn(T, D))
     routing.weights.square().sum().backward()
+    assert seen == [False]
     assert controller.bias.grad is None
     assert torch.equal(score.grad != 0, routing.assignment.chosen())
 

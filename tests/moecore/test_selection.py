@@ -217,6 +217,11 @@ def test_threshold_takes_every_passing_score(threshold, min_k):
         assert set(mine) == passing | set(ranked(row)[:min_k])
 
 
+def test_threshold_takes_no_masked_expert_to_reach_its_least():
+    allowed = torch.tensor([False, False, True, False, False, False])
+    assert sets(Threshold(E, 2, min_k=2)(*masked(torch.randn(3, E), allowed))) == [[2]] * 3
+
+
 def test_threshold_score_must_exceed_it():
     assert sets(Threshold(E, 2)(torch.zeros(1, E), NOTHING)) == [[]]
 

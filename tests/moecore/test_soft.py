@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecore
 from moecore.executors.layouts import SingleLayout
@@ -62,14 +63,25 @@ def test_samples_do_not_see_each_other_but_positions_do():
     assert not torch.allclose(layer(moved)[:, 1], y[:, 1])
 
 
-def test_router_weights_are_float32_under_autocast():
-    """Tokens so alike that bfloat16 logits could not tell them apart still mix as in float32."""
-    layer = moecore.SoftMoE(moecore.MLPBank(E, D, 5))
-    with torch.no_grad():
-        layer.scale.fill_(50.0)
-    x = torch.randn(B, N, D)
-    with torch.autocast("cpu", torch.bfloat16):
+class Products(TorchDispatchMode):
+    """Remembers the dtype of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_slot_logits_are_float32_under_autocast():
+    layer, x = moecore.SoftMoE(moecore.MLPBank(E, D, 5)), torch.randn(B, N, D)
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
         y = layer(x)
+    assert products.dtypes[0] == torch.float32
+    assert set(products.dtypes[1:]) == {torch.bfloat16}
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.02)
 
