@@ -6,21 +6,20 @@ before a verb runs, so help and errors come at once.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import importlib
 import os
 import re
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from apps import tree
 from apps.errors import ConfigError, UserError
 from apps.verbs import VERBS
 
@@ -88,11 +87,11 @@ def _run(app: App, argv: list[str]) -> None:
     parser = make_parser(app, verb)
     base = None if {"-h", "--help"} & set(rest) else _stored_settings(app, verb, rest)
     if base:
-        parser.set_defaults(_flat(base))
+        parser.set_defaults(tree.flatten(base))
     namespace = parser.parse_args(rest)
     sources = [str(path) for path in (namespace.pop("config", None) or [])]
-    settings = _build(app.config, namespace, "")
-    args = _build(VERBS[verb], namespace, "")
+    settings = tree.build(app.config, namespace)
+    args = tree.build(VERBS[verb], namespace)
     app.call(verb, settings, args, sources[-1] if sources else None)
 
 
@@ -144,36 +143,6 @@ def _peek(argv: list[str], *flags: str) -> str | None:
             elif arg.startswith(f"{flag}="):
                 value = arg[len(flag) + 1 :]
     return value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names; dictionaries that are values themselves stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and not _is_value(name):
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
-
-
-def _is_value(name: str) -> bool:
-    return name.endswith("_options") or name.endswith("aux_loss")
-
-
-def _build(cls: type, namespace: Namespace, prefix: str) -> Any:
-    """A dataclass from parsed settings; errors of its checks name the whole dotted field."""
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for field in dataclasses.fields(cls):
-        value = namespace[field.name]
-        kind = hints[field.name]
-        values[field.name] = _build(kind, value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else value
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{prefix}{error.field}", error.value, error.remedy) from None
 
 
 _WRONG_TYPE = re.compile(r'(?:Parser key|Key) "(?P<key>[\w.]+)":?\s*(?P<why>.*)', re.S)

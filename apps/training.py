@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from apps.callbacks import AveragedWeights, CheckpointFiles, ResumePoints, RoutingMonitor, StepSeeds, StopOnNaN
+from apps import tree
+from apps.callbacks import (
+    AveragedWeights,
+    CheckpointFiles,
+    Progress,
+    ResumePoints,
+    RoutingMonitor,
+    StepSeeds,
+    StopOnNaN,
+)
 from apps.curves import CurveLogger
 from apps.errors import UserError
 from apps.runs import load_plain
@@ -31,28 +39,23 @@ def prepare_process(run: RunConfig) -> None:
     torch.set_num_threads(run.threads)
     torch.manual_seed(run.seed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*litlogger.*"):
+    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*treespec.*"):
         warnings.filterwarnings("ignore", message)
 
 
 def save_settings(config: object, folder: Path) -> None:
     """`config.yaml`, which `-c` reads back."""
-    write_atomic(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
-
-
-def plain(config: object) -> dict[str, Any]:
-    """Settings as plain data: no tuples, no objects."""
-    return _plain(dataclasses.asdict(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    write_atomic(folder / "config.yaml", yaml.safe_dump(tree.plain(config), sort_keys=False))
 
 
 def make_trainer(
-    trainer: TrainerConfig, run: RunConfig, optim: OptimConfig, folder: Path, monitor: str, mode: str
+    trainer: TrainerConfig,
+    run: RunConfig,
+    optim: OptimConfig,
+    folder: Path,
+    monitor: str,
+    mode: str,
+    extra: Sequence[Callback] = (),
 ) -> Trainer:
     """A trainer that logs, keeps the best and the last checkpoint, and repeats exactly.
 
@@ -63,6 +66,7 @@ def make_trainer(
         folder: of the run.
         monitor: validation metric that decides which checkpoint is best.
         mode: "max" or "min".
+        extra: further callbacks.
     """
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
@@ -78,8 +82,9 @@ def make_trainer(
         stop = run.early_stop
         callbacks.append(EarlyStopping(monitor, stop.min_delta, stop.patience, mode=mode))
     if trainer.enable_progress_bar:
-        callbacks.append(TQDMProgressBar(leave=True))
-    options = vars(trainer) | {"precision": _precision(trainer)}
+        callbacks.append(Progress())
+    callbacks += extra
+    options = vars(trainer) | {"precision": _precision(trainer), "enable_progress_bar": False}
     try:
         return Trainer(
             **options,
@@ -163,22 +168,3 @@ def check_fits(state: dict[str, torch.Tensor], module: nn.Module, path: Path) ->
             f"{path}: of another architecture ({len(differing)} tensors differ; {name} is {shapes[0]} there, "
             f"{shapes[1]} here); use the settings it was trained with"
         )
-
-
-def restore(cls: type, values: dict[str, Any]) -> Any:
-    """A settings dataclass from plain data."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UserError(f"{unknown[0]}: the checkpoint has this setting, this version does not know it")
-    return cls(
-        **{
-            name: restore(hints[name], value) if dataclasses.is_dataclass(hints[name]) else _typed(hints[name], value)
-            for name, value in values.items()
-        }
-    )
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    return tuple(value) if typing.get_origin(hint) is tuple else value

@@ -16,7 +16,7 @@ from moecore.scores import CentroidScore, CosineScore, HashScore, LinearScore, M
 from moecore.scores_conditioned import PerTaskScore, RecurrentScore, TaskConditionedScore
 from moecore.selection import SELECTIONS, Capacity
 from moecore.shared import SharedExpert
-from moecore.weighting import WEIGHTINGS
+from moecore.weighting import WEIGHTINGS, Softmax
 
 SCORES: dict[str, type[nn.Module]] = {
     "linear": LinearScore,
@@ -47,14 +47,18 @@ class FFNShape:
     glu: bool = False
     activation: object = "gelu"
     bias: bool = True
+    dropout: float = 0.0
 
 
 def build_router(config: MoEConfig, width: int, cell: nn.GRUCell | None = None) -> Router:
     """A router for tokens of width `width`.
 
+    Softmax weights are renormalised unless the selection's published form takes them raw (`Selection.raw_weights`);
+    `weight_options={"renormalize": ...}` overrides either.
+
     Args:
         config: the layer's settings.
-        width: D of what the router sees.
+        width: R of what the router sees (see `router_width`).
         cell: for a recurrent score, the cell of the layers before; None in the first.
     """
     for field, options in (("score", SCORES), ("select", SELECTIONS), ("weight", WEIGHTINGS)):
@@ -63,9 +67,16 @@ def build_router(config: MoEConfig, width: int, cell: nn.GRUCell | None = None) 
     columns = config.num_experts + select.num_null
     extra = {"cell": cell, "first": cell is None} if config.score == "recurrent" else {}
     score = _make("score", SCORES[config.score], {**config.score_options, **extra}, width, columns)
-    weight = _make("weight", WEIGHTINGS[config.weight], config.weight_options, width, columns, config.top_k)
+    weight = _weighting(config, width, columns, select.raw_weights)
     capacity = None if config.capacity_factor is None else Capacity(config.capacity_factor)
     return Router(score, select, weight, _controller(config, columns, select.needs_logits), capacity)
+
+
+def _weighting(config: MoEConfig, width: int, columns: int, raw: bool) -> nn.Module:
+    cls, options = WEIGHTINGS[config.weight], dict(config.weight_options)
+    if raw and issubclass(cls, Softmax):
+        options.setdefault("renormalize", False)
+    return _make("weight", cls, options, width, columns, config.top_k)
 
 
 def _controller(config: MoEConfig, columns: int, needs_logits: bool) -> nn.Module | None:
@@ -95,8 +106,18 @@ def build_bank(config: MoEConfig, width: int, ffn: FFNShape, num_experts: int, h
     glu = ffn.glu if config.glu is None else config.glu
     activation = ("silu" if glu and not ffn.glu else ffn.activation) if config.activation is None else config.activation
     bias = ffn.bias if config.bias is None else config.bias
+    dropout = ffn.dropout if config.dropout is None else config.dropout
     bank = GLUBank if glu else MLPBank
-    return bank(num_experts, width, hidden, activation=activation, bias=bias, dropout=config.dropout)
+    return bank(num_experts, width, hidden, activation=activation, bias=bias, dropout=dropout)
+
+
+def router_width(config: MoEConfig, width: int) -> int:
+    """Width of what the router of a layer for tokens of width `width` sees."""
+    if config.pool != "flatten":
+        return width
+    fixed = not isinstance(config.unit, str)
+    require(fixed, "pool", config.pool, "flatten needs a unit of fixed length (a number of tokens)")
+    return width * config.unit
 
 
 def build_moe(config: MoEConfig, width: int, ffn: FFNShape | None = None, router: Router | None = None) -> MoE:
@@ -110,14 +131,7 @@ def build_moe(config: MoEConfig, width: int, ffn: FFNShape | None = None, router
     """
     ffn = ffn or FFNShape(hidden=4 * width)
     if router is None:
-        require(
-            config.pool != "flatten" or not isinstance(config.unit, str),
-            "pool",
-            config.pool,
-            "flatten needs a unit of fixed length (a number of tokens)",
-        )
-        seen = width * config.unit if config.pool == "flatten" else width
-        router = build_router(config, seen)
+        router = build_router(config, router_width(config, width))
     experts = build_bank(config, width, ffn, config.num_experts, config.hidden_for(ffn.hidden))
     shared = None
     if config.shared_hidden:

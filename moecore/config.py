@@ -28,8 +28,8 @@ class MoEConfig:
     """gelu, gelu_tanh, silu, relu, relu2, tanh, sigmoid, identity; null: as the FFN replaced."""
     bias: bool | None = None
     """Biases in the experts; null: as the FFN replaced."""
-    dropout: float = 0.0
-    """Dropout on the experts' hidden units."""
+    dropout: float | None = None
+    """Dropout on the experts' hidden units; null: as the FFN replaced."""
     shared_hidden: int = 0
     """Hidden units of a shared expert that every token passes; 0: no shared expert."""
     shared_gate: bool = False
@@ -45,7 +45,8 @@ class MoEConfig:
     weight: WeightName = "softmax"
     """How chosen experts are weighted."""
     weight_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the weighting, e.g. {renormalize: false} for softmax."""
+    """Further arguments of the weighting, e.g. {renormalize: false} for softmax and decoupled, which divide the chosen
+    probabilities by their sum: by default yes, but no for select top_p and expert_choice, as published."""
     controller: Literal["none", "loss_free", "sparsity"] = "none"
     """Balance without a loss: loss_free moves a selection bias, sparsity steers a threshold router."""
     controller_options: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +73,8 @@ class MoEConfig:
         )
         require(self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "must be at least 1, or null")
         require(self.shared_hidden >= 0, "shared_hidden", self.shared_hidden, "must not be negative")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
+        dropout = self.dropout
+        require(dropout is None or 0 <= dropout < 1, "dropout", dropout, "must lie in [0, 1), or null")
         factor = self.capacity_factor
         require(factor is None or factor > 0, "capacity_factor", factor, "must be positive, or null for dropless")
         require(isinstance(self.unit, str) or self.unit >= 1, "unit", self.unit, "a segment has at least 1 token")

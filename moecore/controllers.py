@@ -12,7 +12,22 @@ from moecore.errors import choice, require
 from moecore.routing import Routing
 
 
-class LossFreeBias(nn.Module):
+class Controller(nn.Module):
+    """Base of controllers: keeps their state in float32 when the model is cast to half precision.
+
+    Rounded to 8 or 11 bits the state would stall: a step is far smaller than the number it is added to.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Controller:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype.itemsize < torch.float32.itemsize:
+                self._buffers[name] = before[name].to(buffer.device, torch.float32)
+        return self
+
+
+class LossFreeBias(Controller):
     """A bias per expert, added for selection only and moved against the load (arXiv 2408.15664, algorithm 1).
 
     Args:
@@ -40,10 +55,10 @@ class LossFreeBias(nn.Module):
         """One step towards even load, from what the layer routed since the last one."""
         load = torch.stack([r.fractions() for r in routings]).mean(0)
         load = _mean_over_ranks(load)
-        self.bias.add_(self.rate * torch.sign(load.mean() - load).to(self.bias.dtype))
+        self.bias.add_(self.rate * torch.sign(load.mean() - load))
 
 
-class SparsityController(nn.Module):
+class SparsityController(Controller):
     """Steers the L1 coefficient of a ReLU gate until `top_k` experts are active on average.
 
     ReMoE, arXiv 2412.14711, equation 7: the coefficient is multiplied by `rate` while too many experts are active

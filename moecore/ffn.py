@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moecore.activations import resolve_activation
 from moecore.build import FFNShape
+from moecore.layer import MoE
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class DenseFFN:
     gate_bias: Float[Tensor, " F"] | None
     activation: object
     """Name, module or function."""
+    dropout: float = 0.0
+    """Probability with which it drops hidden units in training."""
 
     @property
     def width(self) -> int:
@@ -40,13 +43,12 @@ class DenseFFN:
     def shape(self) -> FFNShape:
         """What experts in its place inherit."""
         name, function = resolve_activation(self.activation)
-        return FFNShape(self.hidden, self.gate is not None, name or function, self.up_bias is not None)
+        bias = any(b is not None for b in (self.up_bias, self.gate_bias, self.down_bias))
+        return FFNShape(self.hidden, self.gate is not None, name or function, bias, self.dropout)
 
 
 def find_ffns(model: nn.Module) -> list[DenseFFN]:
     """The FFNs of a model in the order of its modules; those inside one another, or inside an MoE layer, left out."""
-    from moecore.layer import MoE
-
     found: list[DenseFFN] = []
     skip: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -78,9 +80,14 @@ def put_module(model: nn.Module, ffn: DenseFFN, module: nn.Module) -> None:
 
 
 def _from_linears(
-    name: str, up: nn.Module, down: nn.Module, activation: object, gate: nn.Module | None = None
+    name: str,
+    up: nn.Module,
+    down: nn.Module,
+    activation: object,
+    gate: nn.Module | None = None,
+    dropout: nn.Module | None = None,
 ) -> DenseFFN | None:
-    """An FFN from its linear maps, if they are such and fit."""
+    """An FFN from its linear maps, if they are such and fit, and the dropout on its hidden units."""
     maps = [m for m in (up, down, gate) if m is not None]
     if not all(isinstance(m, nn.Linear) for m in maps) or down.in_features != up.out_features:
         return None
@@ -93,6 +100,7 @@ def _from_linears(
         _bias(down),
         None if gate is None else _bias(gate),
         activation,
+        dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
     )
 
 
@@ -105,14 +113,18 @@ def _plain(name: str, m: nn.Module) -> DenseFFN | None:
     activation = getattr(m, "act", None) or getattr(m, "activation_fn", None)
     if activation is None or not hasattr(m, "fc1") or not hasattr(m, "fc2") or _has_norm(m):
         return None
-    return _from_linears(name, m.fc1, m.fc2, activation)
+    return _from_linears(name, m.fc1, m.fc2, activation, dropout=_timm_dropout(m))
 
 
 def _split_glu(name: str, m: nn.Module) -> DenseFFN | None:
     """fc1_g, fc1_x -> fc2 (timm SwiGLU)."""
     if not all(hasattr(m, part) for part in ("fc1_g", "fc1_x", "fc2", "act")) or _has_norm(m):
         return None
-    return _from_linears(name, m.fc1_x, m.fc2, m.act, m.fc1_g)
+    return _from_linears(name, m.fc1_x, m.fc2, m.act, m.fc1_g, _timm_dropout(m))
+
+
+def _timm_dropout(m: nn.Module) -> nn.Module | None:
+    return getattr(m, "drop1", None) or getattr(m, "drop", None)  # newer and older releases of timm
 
 
 def _llama(name: str, m: nn.Module) -> DenseFFN | None:
@@ -127,7 +139,8 @@ def _torch_layer(name: str, m: nn.Module) -> DenseFFN | None:
     """linear1 -> activation -> linear2 (torch.nn.TransformerEncoderLayer, TransformerDecoderLayer)."""
     if not isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return None
-    return _from_linears(f"{name}.linear1" if name else "linear1", m.linear1, m.linear2, m.activation)
+    name = f"{name}.linear1" if name else "linear1"
+    return _from_linears(name, m.linear1, m.linear2, m.activation, dropout=m.dropout)
 
 
 def _sequential(name: str, m: nn.Module) -> DenseFFN | None:
@@ -135,10 +148,17 @@ def _sequential(name: str, m: nn.Module) -> DenseFFN | None:
     if not isinstance(m, nn.Sequential):
         return None
     parts = [part for part in m if not isinstance(part, (nn.Dropout, nn.Identity))]
-    if len(parts) != 3 or isinstance(parts[1], nn.Linear):
+    if len(parts) != 3 or isinstance(parts[1], nn.Linear) or _is_norm(parts[1]):
         return None
-    ffn = _from_linears(name, parts[0], parts[2], parts[1])
+    between = list(m)[list(m).index(parts[1]) : list(m).index(parts[2])]
+    dropout = next((part for part in between if isinstance(part, nn.Dropout)), None)
+    ffn = _from_linears(name, parts[0], parts[2], parts[1], dropout=dropout)
     return ffn if ffn is not None and ffn.down.shape[0] == ffn.width else None
+
+
+def _is_norm(m: nn.Module) -> bool:
+    """Whether it normalises, by its class's name: there is no base class, and every library writes its own."""
+    return any("norm" in cls.__name__.lower() for cls in type(m).__mro__)
 
 
 def _has_norm(m: nn.Module) -> bool:

@@ -118,9 +118,9 @@ class RoutingStats:
             sums = {
                 "load": assignment.load().double(),
                 "entropy": distribution_entropy(routing.probs.double()).sum(),
-                "tokens": torch.tensor(float(assignment.num_tokens)),
-                "dropped": torch.zeros(()) if assignment.dropped is None else assignment.dropped.sum().double(),
-                "columns": torch.tensor(float(routing.scores.shape[1])),
+                "tokens": _count(assignment.num_tokens),
+                "dropped": _count(0 if assignment.dropped is None else int(assignment.dropped.sum())),
+                "columns": _count(routing.scores.shape[1]),
             }
             if self.num_labels is not None and labels is not None:
                 sums["labels"] = expert_label_counts(routing, labels, self.num_labels)
@@ -135,6 +135,10 @@ class RoutingStats:
     def label_counts(self) -> dict[str, Int[Tensor, "C E"]]:
         """Tokens per label and expert, per layer."""
         return {layer: totals["labels"] for layer, totals in self._totals.items() if "labels" in totals}
+
+
+def _count(number: int) -> Float[Tensor, ""]:
+    return torch.tensor(number, dtype=torch.float64)  # float32 stops counting at 2**24
 
 
 def _layer_metrics(totals: dict[str, Tensor]) -> LayerMetrics:

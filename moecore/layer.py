@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moecore.config import MoEConfig
 from moecore.context import Context, current_context
 from moecore.errors import choice, require
 from moecore.executors import EXECUTORS, execute
 from moecore.experts import ExpertBank
 from moecore.routing import Router, Routing
 from moecore.shared import SharedExpert
-
-if TYPE_CHECKING:
-    from moecore.config import MoEConfig
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda units: units.mean(-2),
@@ -77,15 +75,12 @@ class MoE(nn.Module):
     @classmethod
     def build(cls, width: int, **options: Any) -> MoE:
         """A layer from the options of `moecore.MoEConfig`, for tokens of width `width`."""
-        from moecore.build import build_moe
-        from moecore.config import MoEConfig
-
-        return build_moe(MoEConfig(**options), width)
+        return cls.from_config(MoEConfig(**options), width)
 
     @classmethod
     def from_config(cls, config: MoEConfig, width: int) -> MoE:
         """A layer from a configuration."""
-        from moecore.build import build_moe
+        from moecore.build import build_moe  # here, because it imports this module
 
         return build_moe(config, width)
 
@@ -114,9 +109,10 @@ class MoE(nn.Module):
         if x.dim() < 3:
             raise ValueError(f"input of shape {tuple(x.shape)}: unit={self.unit!r} routes sequences [B, N, D]")
         x = x.flatten(0, -3)
-        if self.unit == "sequence":
-            return x, (x.shape[0],)
         batch, length, width = x.shape
+        if self.unit == "sequence":
+            # A sample without positions is nothing to route, and has no mean to route it by.
+            return (x, (batch,)) if length else (x.reshape(0, 1, width), (batch, 0))
         segments = self._segments(length)
         padded = F.pad(x, (0, 0, 0, segments * self.unit - length))  # zeros on the right up to whole segments
         return padded.reshape(batch * segments, self.unit, width), (batch, segments)
@@ -131,6 +127,10 @@ class MoE(nn.Module):
             return y.reshape(*x.shape[:-1], y.shape[-1])
         length = x.shape[-2]
         return y.reshape(*x.shape[:-2], self._segments(length) * self.unit, y.shape[-1])[..., :length, :]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but who listens: a copy made inside `moecore.record` is not part of that recording."""
+        return {**self.__dict__, "_recorder": None}
 
     def extra_repr(self) -> str:
         """Unit and executor, for `print(model)`."""

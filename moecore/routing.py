@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moecore.context import Context
-
-if TYPE_CHECKING:
-    from moecore.controllers import LossFreeBias
-    from moecore.selection import Capacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +119,8 @@ class Routing:
     """The layer's name inside the recorded model."""
     aux_loss: Mapping[str, float] = field(default_factory=dict)
     """The layer's own mix of balance losses, name -> coefficient."""
-    controller: LossFreeBias | nn.Module | None = None
+    controller: nn.Module | None = None
+    """The balance controller of the layer's router, if it has one."""
 
     @property
     def probs(self) -> Float[Tensor, "T E"]:
@@ -158,7 +154,7 @@ class Router(nn.Module):
         select: nn.Module,
         weight: nn.Module,
         balance: nn.Module | None = None,
-        capacity: Capacity | None = None,
+        capacity: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.score, self.select, self.weight = score, select, weight

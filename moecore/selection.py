@@ -21,6 +21,8 @@ class Selection(nn.Module):
     """True when a token's experts depend on the other tokens of the batch."""
     needs_logits = False
     """True when the selection reads its input as logits, so that a balance bias must be added to logits."""
+    raw_weights = False
+    """True when the published method weights by raw probabilities: `build_router` then leaves softmax weights so."""
     num_null = 0
     """How many of the router's columns are null experts, beyond the experts of the bank."""
 
@@ -95,10 +97,13 @@ class GroupedTopK(Selection):
 class TopP(Selection):
     """The fewest experts whose probabilities reach p, at least `min_k` and at most `top_k` of them.
 
-    "Harder tasks need more experts", arXiv 2403.07652.
+    "Harder tasks need more experts", arXiv 2403.07652. As published the chosen experts weigh their raw probabilities,
+    the default of `build_router`; renormalised, a token with one expert would give it the constant weight 1, from
+    which the router learns nothing. Upcycling is exact only with `weight_options={"renormalize": True}`.
     """
 
     needs_logits = True
+    raw_weights = True
 
     def __init__(self, num_experts: int, top_k: int, top_p: float = 0.5, min_k: int = 1) -> None:
         super().__init__(num_experts, top_k)
@@ -143,9 +148,13 @@ class ExpertChoice(Selection):
     Zhou et al. 2022, arXiv 2202.09368. An expert takes `T * top_k / E` tokens. This sees the whole batch, future
     positions included; in `eval()` each token therefore takes its own `top_k` best experts, so that a prediction
     never depends on its neighbours. Set `eval_sees_batch=True` for the published behaviour.
+
+    As published the chosen experts weigh their raw probabilities, the default of `build_router`. An expert then counts
+    the same for a token in training and in eval, whoever else took that token; renormalised it would not.
     """
 
     sees_batch = True
+    raw_weights = True
 
     def __init__(self, num_experts: int, top_k: int, eval_sees_batch: bool = False) -> None:
         super().__init__(num_experts, top_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from apps.runs import load_checkpoint
-from apps.training import check_fits, restore
+from apps.training import check_fits
+from apps.tree import restore
 from apps.vision.models.vimoe import ImageSpec, ViMoE
 from apps.vision.settings import VisionConfig
 
@@ -36,15 +38,10 @@ def load_trained(path: Path, config: VisionConfig | None = None) -> Trained:
     """
     checkpoint = load_checkpoint(path, "vision")
     config = config or restore(VisionConfig, checkpoint["config"])
-    model = ViMoE(_without_pretrained(config), ImageSpec.from_dict(checkpoint["images"]))
+    without_pretrained = dataclasses.replace(config.model, pretrained=None)
+    model = ViMoE(without_pretrained, ImageSpec.from_dict(checkpoint["images"]))
     state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     check_fits(state, model, path)
     model.load_state_dict(state)
     device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
     return Trained(model.to(device).eval(), config, path, checkpoint)
-
-
-def _without_pretrained(config: VisionConfig):
-    import dataclasses
-
-    return dataclasses.replace(config.model, pretrained=None)

@@ -97,10 +97,10 @@ def _specialisation(page: Page, evaluation: Evaluation) -> None:
     chance = {_name(layer): evaluation.chance(layer) for layer in layers}
     section = page.section("Which layers specialise")
     section.text(
-        "Specialisation is the mutual information between an image's class and the experts its tokens go to, as a share "
-        "of the class's entropy: 0 when experts ignore the class, 1 when the expert alone gives it away. ViMoE's analysis: "
-        "keep MoE where experts specialise, make the other layers dense again. A low figure is no flaw where routing "
-        "follows something other than the class, such as texture or position; try the hint, do not trust it."
+        "Specialisation is the mutual information between an image's class and the experts its tokens go to, as a "
+        "share of the class's entropy: 0 when experts ignore the class, 1 when the expert alone gives it away. ViMoE's "
+        "analysis: keep MoE where experts specialise, make the other layers dense again. A low figure is no flaw where "
+        "routing follows something other than the class, such as texture or position; try the hint, do not trust it."
     )
     section.figure(
         figures.bars(value, chance, "share of the class given away", "shuffled labels"),
@@ -139,8 +139,8 @@ def _classes(page: Page, evaluation: Evaluation, data: VisionData) -> None:
 def _samples(page: Page, trained: Trained, evaluation: Evaluation, images: Images) -> None:
     section = page.section("What each expert sees")
     section.text(
-        "Test images with the largest share of tokens at each expert. Where tokens are routed one by one, those that go "
-        "elsewhere are dimmed."
+        "Test images with the largest share of tokens at each expert. Where tokens are routed one by one, those that "
+        "go elsewhere are dimmed."
     )
     for layer in evaluation.routing:
         grid = pictures.samples_per_expert(trained.model, images, evaluation, layer)

@@ -6,7 +6,7 @@ import io
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +21,8 @@ from apps.vision.settings import DataConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+Member = tuple[PurePosixPath, "bytes | Path"]
+"""Path within the data, and the image itself or where it is."""
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -114,7 +116,7 @@ def _cifar(root: Path, dataset: str) -> dict[str, Table]:
             data = cls(str(root), train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"data.dataset={dataset}: cannot be downloaded ({error}); --data.root may name a folder or archive of it"
+                f"data.dataset={dataset}: cannot be downloaded ({error}); --data.root may name a folder or archive"
             ) from error
         table = tables[split] = Table()
         for i, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
@@ -148,42 +150,44 @@ def _torchvision_file(path: Path) -> bool:
 def _read(root: Path) -> dict[str, Table]:
     archive = _archive(root)
     if archive is None:
-        members: Iterator[tuple[PurePosixPath, Callable[[], bytes | Path]]] = (
-            (PurePosixPath(p.relative_to(root).as_posix()), lambda p=p: p) for p in sorted(root.rglob("*"))
-        )
+        members: Iterator[Member] = ((PurePosixPath(p.relative_to(root)), p) for p in root.rglob("*") if p.is_file())
         label = root
     else:
         members, label = _members(archive), archive
-    images = [(path, get) for path, get in members if path.suffix.lower() in SUFFIXES and "__MACOSX" not in path.parts]
+    images = [(path, item) for path, item in members if _is_image(path)]
     images = _without_common_folder(images)
     tables: dict[str, Table] = {}
-    for path, get in sorted(images, key=lambda pair: pair[0]):
+    for path, item in sorted(images, key=lambda pair: pair[0]):
         parts = path.parts
         split = SPLITS.get(parts[0].lower()) if len(parts) >= 3 else None
         if len(parts) < (3 if split else 2):
             continue  # an image outside any class folder
-        tables.setdefault(split or "train", Table()).add(f"{label}/{path}", parts[1 if split else 0], get())
+        tables.setdefault(split or "train", Table()).add(f"{label}/{path}", parts[1 if split else 0], item)
     return tables
 
 
-def _members(archive: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
-    """Files of an archive, read into memory in one pass; nothing is written to disk."""
+def _is_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in SUFFIXES and "__MACOSX" not in path.parts and not path.name.startswith("._")
+
+
+def _members(archive: Path) -> Iterator[Member]:
+    """Images of an archive, read into memory in one pass; nothing is written to disk."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 for info in file.infolist():
-                    if not info.is_dir() and PurePosixPath(info.filename).suffix.lower() in SUFFIXES:
-                        yield PurePosixPath(info.filename), lambda data=file.read(info): data
+                    if not info.is_dir() and _is_image(PurePosixPath(info.filename)):
+                        yield PurePosixPath(info.filename), file.read(info)
             return
         with tarfile.open(archive) as file:
             for member in file:
-                if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
-                    yield PurePosixPath(member.name), lambda data=file.extractfile(member).read(): data
+                if member.isfile() and _is_image(PurePosixPath(member.name)):
+                    yield PurePosixPath(member.name), file.extractfile(member).read()
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(f"data.root={archive}: not a readable archive ({error})") from error
 
 
-def _without_common_folder(images: list) -> list:
+def _without_common_folder(images: list[Member]) -> list[Member]:
     """Paths relative to the folder that holds the splits or classes, however deep an archive nests it."""
     while images:
         first = {path.parts[0] for path, _ in images}
@@ -191,5 +195,5 @@ def _without_common_folder(images: list) -> list:
         name = next(iter(first))
         if len(first) > 1 or min(depths) < 3 or name.lower() in SPLITS:
             return images
-        images = [(PurePosixPath(*path.parts[1:]), get) for path, get in images]
+        images = [(PurePosixPath(*path.parts[1:]), item) for path, item in images]
     return images

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
 import moecore
-from apps.training import make_optimizer, plain
+from apps.training import make_optimizer
+from apps.tree import plain
 from apps.vision.augment import mixing
 from apps.vision.data import Batch
 from apps.vision.models.vimoe import ImageSpec, ViMoE

@@ -116,10 +116,9 @@ def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None
 def search(config: VisionConfig, args: Search, source: str | None) -> None:
     """Search hyperparameters."""
     from apps.search import run_search
-    from apps.vision.trial import objective
 
-    training.prepare_process(config.run)
-    run_search("vision", config, args, objective, name=config.run.name or config.data.dataset, direction="maximize")
+    name = config.run.name or (Path(source).stem if source else config.data.dataset)
+    run_search("vision", config, args, "apps.vision.trial:objective", name, direction="maximize")
 
 
 def _checkpoint(config: VisionConfig, spec: str, source: str | None) -> Path:

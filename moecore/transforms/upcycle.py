@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moecore.build import FFNShape
 from moecore.errors import require
-from moecore.experts import MLPBank
+from moecore.experts import ExpertBank, MLPBank
+from moecore.ffn import DenseFFN
 from moecore.layer import MoE
-
-if TYPE_CHECKING:
-    from moecore.ffn import DenseFFN
 
 
 @torch.no_grad()
@@ -24,7 +21,8 @@ def upcycle(ffn: DenseFFN, layer: MoE, noise: float = 0.0, generator: torch.Gene
 
     * The shared expert, if there is one, takes the first units of the FFN.
     * If a routed expert has room for all the remaining units, every expert is a copy of them. Then, as long as combine
-      weights sum to one, the layer equals the FFN exactly at step 0.
+      weights sum to one (for select "top_p" set `weight_options={"renormalize": True}`), the layer equals the FFN
+      exactly at step 0.
     * If experts are smaller, the remaining units are cut into slices that fill the experts in turn, and the slices'
       output is scaled up so that its mean over experts is that of the FFN: a start, not an identity.
 
@@ -35,11 +33,11 @@ def upcycle(ffn: DenseFFN, layer: MoE, noise: float = 0.0, generator: torch.Gene
         generator: for the noise.
 
     Raises:
-        ConfigError: if the bank cannot hold the FFN's kind of units.
+        ConfigError: if the bank cannot hold the FFN's kind of units: a gate or none, its biases, its activation.
     """
     first = 0
     if layer.shared is not None:
-        shared = layer.shared.bank
+        shared = _plain_bank(layer.shared.bank)
         first = shared.hidden
         require(
             first < ffn.hidden,
@@ -48,7 +46,7 @@ def upcycle(ffn: DenseFFN, layer: MoE, noise: float = 0.0, generator: torch.Gene
             f"must leave some of the FFN's {ffn.hidden} hidden units to the routed experts",
         )
         _fill(ffn, shared, _slices(0, first, 1, shared.hidden), share=1.0, bias=1.0)
-    bank = _plain_bank(layer)
+    bank = _plain_bank(layer.experts)
     left = ffn.hidden - first
     if bank.hidden >= left:
         # Units beyond the FFN's are twins of its first ones; halving both outputs keeps the sum.
@@ -71,7 +69,7 @@ def split(ffn: DenseFFN, bank: MLPBank) -> MLPBank:
     With every expert on and every combine weight 1 (`weight="constant"`) the sum of the experts is the FFN.
 
     Raises:
-        ConfigError: unless the experts' hidden units add up to the FFN's.
+        ConfigError: unless the experts' hidden units add up to the FFN's and are of its kind (see `upcycle`).
     """
     total = bank.num_experts * bank.hidden
     require(
@@ -90,8 +88,7 @@ def split(ffn: DenseFFN, bank: MLPBank) -> MLPBank:
     return bank
 
 
-def _plain_bank(layer: MoE) -> MLPBank:
-    bank = layer.experts
+def _plain_bank(bank: ExpertBank) -> MLPBank:
     require(isinstance(bank, MLPBank), "experts", type(bank).__name__, "upcycling fills MLP and GLU banks only")
     return bank
 
@@ -102,23 +99,30 @@ def _slices(first: int, count: int, experts: int, size: int, same: bool = False)
     return first + (start + torch.arange(size)) % count
 
 
+def _check_kind(ffn: DenseFFN, bank: MLPBank) -> None:
+    """Units may be copied only into experts that compute the same with them."""
+    theirs = ffn.shape()
+    activation = bank.activation_name or bank.activation
+    own = FFNShape(bank.hidden, bank.gate is not None, activation, bank.up_bias is not None)
+    for field, fits, what in (
+        ("glu", own.glu == theirs.glu, f"has {'a' if theirs.glu else 'no'} gate"),
+        ("bias", own.bias or not theirs.bias, "has biases"),
+        ("activation", own.activation == theirs.activation, f"uses {theirs.activation}"),
+    ):
+        require(fits, field, getattr(own, field), f"the FFN {what}; leave {field} null, or use init=random")
+
+
 def _fill(ffn: DenseFFN, bank: MLPBank, units: Int[Tensor, "E F"], share: float, bias: float) -> None:
     """Copy hidden units into experts, their output scaled by `share`, the output bias by `bias`.
 
     A unit that occurs several times in one expert has its output divided among its copies.
     """
-    gated, asked = ffn.gate is not None, bank.gate is not None
-    require(
-        gated == asked,
-        "glu",
-        asked,
-        f"the FFN has {'a' if gated else 'no'} gate; leave glu null to upcycle it",
-    )
+    _check_kind(ffn, bank)
     units = units.to(ffn.up.device)
     copies = (units[:, :, None] == units[:, None, :]).sum(-1).to(ffn.down.dtype)  # [E, F]
     bank.up.copy_(ffn.up[units])
     bank.down.copy_((ffn.down.t()[units] * (share / copies)[..., None]).transpose(1, 2))
-    if gated:
+    if ffn.gate is not None:
         bank.gate.copy_(ffn.gate[units])
     for own, theirs in ((bank.up_bias, ffn.up_bias), (bank.gate_bias, ffn.gate_bias)):
         if own is not None:

@@ -102,6 +102,33 @@ def test_bias_is_saved_and_never_trained():
     assert moe.router.balance.bias.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_stays_float32_in_a_model_cast_to_half_precision(dtype):
+    """In bfloat16 a bias of 1 would not move by 0.001."""
+    moe = skewed(controller="loss_free", controller_options={"rate": 1e-3})
+    moe.router.balance.bias.fill_(1.0)
+    before = moe.router.balance.bias.clone()
+    moe = moe.to(dtype)
+    assert moe.experts.up.dtype == dtype
+    assert torch.equal(moe.router.balance.bias, before)
+    for _ in range(3):
+        step(moe, torch.randn(64, D, dtype=dtype))
+    assert moe.router.balance.bias.dtype == moe.state_dict()["router.balance.bias"].dtype == torch.float32
+    moved = (moe.router.balance.bias - before).abs()
+    assert 0.0029 < moved.max().item() < 0.0031
+    assert moe.double().router.balance.bias.dtype == torch.float64
+    assert moe.to(dtype).router.balance.bias.dtype == torch.float32
+    assert moe.to("meta").router.balance.bias.device.type == "meta"
+
+
+def test_sparsity_coefficient_survives_half_precision():
+    """In float16 it would start at 0 and stay there."""
+    controller = moecore.SparsityController(4, 1).half()
+    controller.update([routing_of([1, 1, 1, 1])])
+    assert controller.coefficient.item() == pytest.approx(1e-8)
+    assert controller.coefficient.dtype == torch.float32
+
+
 def test_sparsity_controller_multiplies_while_too_many_are_active():
     controller = moecore.SparsityController(4, 1, start=1.0, rate=2.0)
     controller.update([routing_of([8, 0, 0, 0])])  # exactly a quarter

@@ -34,9 +34,18 @@ def bank_of(kind: str, experts: int) -> moecore.ExpertBank:
     return banks[kind]()
 
 
-BANK_KINDS = (
-    "mlp mlp_relu_nobias mlp_gelu_tanh mlp_other_activation mlp_narrowing glu glu_bias constant copy mixed".split()
-)
+BANK_KINDS = [
+    "mlp",
+    "mlp_relu_nobias",
+    "mlp_gelu_tanh",
+    "mlp_other_activation",
+    "mlp_narrowing",
+    "glu",
+    "glu_bias",
+    "constant",
+    "copy",
+    "mixed",
+]
 
 
 def routed(case: str, tokens: int, experts: int, k: int) -> Assignment:
@@ -64,9 +73,16 @@ def routed(case: str, tokens: int, experts: int, k: int) -> Assignment:
     return Assignment(flat.expert, tokens, experts, token=flat.token, valid=torch.rand(flat.expert.shape) > 0.3)
 
 
-CASES = (
-    "random one_expert idle_expert every_expert empty_slots all_slots_empty expert_choice expert_choice_masked".split()
-)
+CASES = [
+    "random",
+    "one_expert",
+    "idle_expert",
+    "every_expert",
+    "empty_slots",
+    "all_slots_empty",
+    "expert_choice",
+    "expert_choice_masked",
+]
 
 
 def run(execute, x, bank, assignment, weights, grad):
@@ -224,7 +240,7 @@ def test_same_seed_same_result():
 def test_grouped_mm_says_what_it_cannot_do():
     assert "float64" in why_not(torch.randn(2, D, dtype=torch.float64), bank_of("mlp", 2).double())
     odd = moecore.MLPBank(2, 7, 16)
-    with pytest.raises(ValueError, match="grouped_mm.*multiple of 16 bytes.*sorted"):
+    with pytest.raises(ValueError, match=r"grouped_mm.*multiple of 16 bytes.*sorted"):
         moecore.EXECUTORS["grouped_mm"](torch.randn(3, 7), odd, routed("random", 3, 2, 1), torch.rand(3, 1))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -86,6 +88,21 @@ def test_recording_stops_after_an_error():
     with pytest.raises(RuntimeError, match="on purpose"):
         fail()
     assert moe._recorder is None
+
+
+def test_a_copy_made_while_recording_is_not_recorded():
+    model, x = nn.Sequential(layer()), torch.randn(3, D)
+    with moecore.record(model) as recording:
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # noqa: S301
+        for each in copies:
+            each(x)
+        assert recording == []
+        with moecore.record(copies[0]) as own:
+            copies[0](x)
+        model(x)
+    assert [len(own), len(recording)] == [1, 1]
+    for each in copies:
+        torch.testing.assert_close(each(x), model(x), rtol=0, atol=0)
 
 
 def test_recording_changes_nothing_and_keeps_the_graph():
@@ -267,6 +284,16 @@ def test_running_totals_equal_one_recording():
             moecore.expert_label_counts(call, labels[2 * part : 2 * part + 2], 3) for part, call in enumerate(calls)
         ]
         assert torch.equal(stats.label_counts()[name], halves[0] + halves[1])
+
+
+def test_running_totals_count_beyond_what_float32_can():
+    stats, pair = moecore.RoutingStats(), torch.zeros(1, 1, dtype=torch.long)
+    for tokens in (2**24, 1):
+        dropped = torch.ones(1, 1, dtype=torch.bool)
+        routing = routing_of(Assignment(pair, tokens, 1, dropped=dropped), torch.zeros(1, 1))
+        stats.update(moecore.Recording([routing]))
+    assert stats.metrics()[""].experts_per_token == 2 / (2**24 + 1)
+    assert {total.dtype for total in stats._totals[""].values()} == {torch.float64}
 
 
 def test_running_totals_without_labels_count_none():

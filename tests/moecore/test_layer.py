@@ -78,9 +78,17 @@ def test_no_samples_in_no_samples_out(unit):
     y.sum().backward()
 
 
-@pytest.mark.parametrize("unit", ["token", 3])
-def test_no_tokens_in_no_tokens_out(unit):
-    assert build(unit=unit, shared_hidden=4)(torch.zeros(B, 0, D)).shape == (B, 0, D)
+@pytest.mark.parametrize("executor", moecore.EXECUTORS)
+@pytest.mark.parametrize("pool", ["mean", "first"])
+@pytest.mark.parametrize("unit", ["token", "sequence", 3])
+def test_no_tokens_in_no_tokens_out(unit, pool, executor):
+    moe = build(unit=unit, pool=pool, executor=executor, shared_hidden=4, score="per_task")
+    x = torch.zeros(B, 0, D, requires_grad=True)
+    with moecore.record(moe) as recording:
+        y = moe(x, moecore.Context(task=torch.zeros(B, dtype=torch.long)))
+    assert y.shape == (B, 0, D)
+    assert moecore.token_map(recording[0]).shape == (B, 0)
+    (y.sum() + moecore.balance_loss(recording)).backward()
 
 
 @pytest.mark.parametrize("unit", ["sequence", 3])

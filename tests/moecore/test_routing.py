@@ -229,6 +229,37 @@ def test_mask_of_experts_leaves_null_experts_open():
     assert routing.assignment.load().sum() == routing.assignment.load()[3]
 
 
+@pytest.mark.parametrize("weight", ["softmax", "decoupled"])
+@pytest.mark.parametrize("select", moecore.SELECTIONS)
+def test_published_selections_weigh_raw_probabilities_unless_told(select, weight):
+    def renormalize(**options) -> bool:
+        config = moecore.MoEConfig(num_experts=4, select=select, weight=weight, weight_options=options)
+        return moecore.build_router(config, D).weight.renormalize
+
+    assert renormalize() == (select not in ("top_p", "expert_choice"))
+    assert renormalize(renormalize=True)
+    assert not renormalize(renormalize=False)
+
+
+def test_top_p_teaches_the_router_from_tokens_with_one_expert():
+    router = linear_router(select="top_p", select_options={"top_p": 0.01})
+    score = nn.Parameter(torch.randn(T, E))
+    router.score = FixedScore(score)
+    routing = router(torch.randn(T, D))
+    assert routing.assignment.load().sum() == T
+    routing.weights.sum().backward()
+    assert (score.grad.abs().sum(-1) > 0).all()
+
+
+def test_expert_choice_weighs_a_pair_the_same_in_training_and_eval():
+    router, x = linear_router(select="expert_choice"), torch.randn(T, D)
+    training, evaluation = router.train()(x), router.eval()(x)
+    tables = [r.assignment.dense(r.weights) for r in (training, evaluation)]
+    both = training.assignment.chosen() & evaluation.assignment.chosen()
+    assert both.any()
+    torch.testing.assert_close(tables[0][both], tables[1][both], rtol=0, atol=0)
+
+
 def test_capacity_works_in_training_only():
     router = linear_router(capacity_factor=0.5)
     x = torch.randn(40, D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -33,8 +34,8 @@ def torchvision_vit() -> nn.Module:
     return model
 
 
-def torch_encoder(**options) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(D, 2, H, dropout=0.0, batch_first=True, **options)
+def torch_encoder(dropout: float = 0.0, **options) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(D, 2, H, dropout, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
 
 
@@ -124,6 +125,14 @@ def test_schedules_vary_with_depth(kind, counts):
     assert moecore.schedule(kind, 0, 2, 8) == []
 
 
+@pytest.mark.parametrize(
+    ("depth", "counts"),
+    [(1, [8]), (2, [8, 8]), (3, [2, 8, 2]), (4, [2, 8, 8, 2]), (6, [2, 5, 8, 8, 5, 2]), (7, [2, 4, 6, 8, 6, 4, 2])],
+)
+def test_pyramid_is_highest_in_the_middle_whatever_the_depth(depth, counts):
+    assert moecore.schedule("pyramid", depth, 2, 8) == counts
+
+
 def test_schedule_refuses_what_it_does_not_know():
     with pytest.raises(moecore.ConfigError, match=r"^schedule='zigzag': choose one of constant, "):
         moecore.schedule("zigzag", 4, 2, 8)
@@ -194,6 +203,36 @@ def test_experts_inherit_the_kind_of_the_ffn():
     assert llama.up_bias is None
 
 
+WITH_DROPOUT = {
+    "timm_vit": lambda p: timm_vit(proj_drop_rate=p),
+    "timm_swiglu": lambda p: timm_vit(proj_drop_rate=p, mlp_layer=SwiGLU),
+    "older_timm": lambda p: nn.Sequential(Odd("plain", drop=nn.Dropout(p))),
+    "torchvision_vit": lambda p: nn.Sequential(torchvision.models.vision_transformer.MLPBlock(D, H, p)),
+    "torch_encoder": lambda p: torch_encoder(dropout=p),
+    "no_dropout": lambda p: nn.Sequential(Odd("plain")),
+}
+
+
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+def test_experts_inherit_the_dropout_on_hidden_units(name):
+    inherited = 0.0 if name == "no_dropout" else 0.25
+    for config, expected in ((SMALL, inherited), (replace(SMALL, dropout=0.1), 0.1), (replace(SMALL, dropout=0.0), 0)):
+        model = WITH_DROPOUT[name](0.25)
+        assert moecore.find_ffns(model)[0].dropout == inherited
+        moecore.replace_ffn(model, "all", replace(config, shared_hidden=8, hidden=H - 8))
+        layers = [m for m in model.modules() if isinstance(m, moecore.MoE)]
+        assert {bank.dropout for m in layers for bank in (m.experts, m.shared.bank)} == {expected}
+        x = torch.ones(64, D)
+        y = layers[0].train()(x)
+        assert (y.std(0).max() > 1e-3) == (expected > 0)  # equal tokens differ by what was dropped
+
+
+def test_dropout_elsewhere_is_not_taken_for_one_on_hidden_units():
+    drop = nn.Dropout(0.25)
+    ffn = nn.Sequential(drop, nn.Linear(D, H), drop, nn.GELU(), nn.Identity(), nn.Linear(H, D), drop)
+    assert moecore.find_ffns(nn.Sequential(ffn))[0].dropout == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_layers_take_over_the_dtype_of_the_ffn(dtype):
     model = timm_vit().to(dtype)
@@ -259,12 +298,22 @@ def test_recurrent_routers_share_a_cell_and_hand_on_state_by_themselves():
     assert scores[0].project.weight.grad.abs().sum() > 0  # the third layer's scores depend on the first router
 
 
+def test_recurrent_routers_may_see_whole_segments():
+    model, x = torch_encoder(), torch.randn(TOKENS)
+    before = model(x)
+    moecore.replace_ffn(model, "all", replace(SMALL, score="recurrent", unit=2, pool="flatten"))
+    assert [layer.linear1.router.score.project.in_features for layer in model.layers] == [2 * D] * 3
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
 class Odd(nn.Module):
     """Looks like an FFN and is none that could become experts."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, **parts: nn.Module) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)
+        for name, part in parts.items():
+            self.add_module(name, part)
         if kind == "norm":
             self.norm = nn.LayerNorm(H)
         if kind == "conv":
@@ -279,6 +328,46 @@ def test_what_cannot_become_experts_is_left_alone(kind):
     assert [ffn.name for ffn in moecore.find_ffns(nn.Sequential(Odd("plain")))] == ["0"]
 
 
+class CenteredNorm(nn.Module):
+    """A norm that shares no base class with those of torch."""
+
+
+class Renamed(nn.BatchNorm1d):
+    """A norm by its base class only."""
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm(H),
+        nn.RMSNorm(H),
+        nn.BatchNorm1d(H),
+        nn.InstanceNorm1d(H),
+        nn.GroupNorm(2, H),
+        nn.LocalResponseNorm(2),
+        CenteredNorm(),
+        Renamed(H),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_a_norm_between_linear_maps_is_no_activation(norm):
+    between = nn.Sequential(nn.Linear(D, H), norm, nn.Linear(H, D))
+    assert moecore.find_ffns(nn.Sequential(between)) == []
+
+
+def test_layers_that_share_a_router_need_tokens_of_one_width():
+    narrow, wide = (nn.Sequential(nn.Linear(w, H), nn.GELU(), nn.Linear(H, w)) for w in (4, 8))
+    with pytest.raises(moecore.ConfigError, match=r"^share_router=True: the layers differ in the width .*\[4, 8\]"):
+        moecore.replace_ffn(nn.Sequential(narrow, wide), "all", SMALL, share_router=True)
+
+
+def test_a_model_stays_as_it_was_when_one_layer_cannot_be_made():
+    model = nn.Sequential(Odd("plain"), LlamaMLP())
+    with pytest.raises(moecore.ConfigError, match=r"^glu=False: the FFN has a gate"):
+        moecore.replace_ffn(model, "all", moecore.MoEConfig(glu=False))
+    assert [type(m) for m in model] == [Odd, LlamaMLP]
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -289,6 +378,9 @@ def test_what_cannot_become_experts_is_left_alone(kind):
         (timm_vit, {"experts": [4, 4]}, r"experts=\[4, 4\]: needs one number for each of the 3 layers"),
         (timm_vit, {"experts": [4, 4, 2], "share_router": True}, r"experts=\[4, 4, 2\]: layers that share a router"),
         (timm_vit, {"experts": [4, 4, 1]}, "top_k=2: must not exceed num_experts=1"),
+        (timm_vit, {"make": moecore.MoEConfig(score="recurrent"), "share_router": True}, "share_router=True: rec"),
+        (timm_vit, {"make": moecore.MoEConfig(bias=False)}, "bias=False: the FFN has biases; leave bias null, or use "),
+        (timm_vit, {"make": moecore.MoEConfig(activation="relu")}, "activation='relu': the FFN uses gelu; leave activ"),
         (timm_vit, {"make": moecore.MoEConfig(glu=True)}, "glu=True: the FFN has no gate; leave glu null"),
         (Llama, {"make": moecore.MoEConfig(glu=False)}, "glu=False: the FFN has a gate; leave glu null"),
         (timm_vit, {"make": moecore.MoEConfig(shared_hidden=31)}, "shared_hidden=31: leaves 1 of the FFN's 32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ def test_step_zero_equals_the_dense_model(kind, hidden, shared_hidden, dtype):
         {},
         {"top_k": 3},
         {"top_k": 4},
-        {"select": "top_p", "select_options": {"min_k": 2}},
+        {"select": "top_p", "select_options": {"min_k": 2}, "weight_options": {"renormalize": True}},
         {"unit": "sequence"},
         {"unit": 2},
     ],
@@ -78,6 +79,8 @@ def test_step_zero_equals_the_dense_model(kind, hidden, shared_hidden, dtype):
 def test_any_routing_with_weights_that_sum_to_one_is_exact(options, weight):
     model, x = dense("mlp", torch.float64), torch.randn(3, 5, D, dtype=torch.float64)
     expected = model(x)
+    if weight not in ("softmax", "decoupled"):
+        options = {name: value for name, value in options.items() if name != "weight_options"}
     close(upcycled(model, hidden=H, weight=weight, **options)(x), expected)
 
 
@@ -191,6 +194,47 @@ def test_split_experts_are_consecutive_units():
         torch.testing.assert_close(bank(x, SingleLayout(e)), expected)
 
 
+@pytest.mark.parametrize("bias", [(True, False), (False, True)], ids=["up", "down"])
+def test_biases_on_one_map_only_are_kept(bias):
+    model, x = nn.Sequential(timm.layers.Mlp(D, H, bias=bias)), torch.randn(9, D)
+    nn.init.normal_(model[0].fc1.bias if bias[0] else model[0].fc2.bias)
+    expected = model(x)
+    close(upcycled(model, hidden=H)(x), expected)
+
+
+def test_experts_with_biases_take_over_an_ffn_without():
+    model, x = dense("mlp_relu_nobias"), torch.randn(9, D)
+    expected = model(x)
+    close(upcycled(model, hidden=H, bias=True)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mlp", {"bias": False}, "bias=False: the FFN has biases; leave bias null, or use init=random"),
+        ("glu", {"bias": False}, "bias=False: the FFN has biases; leave bias null, or use init=random"),
+        ("mlp", {"activation": "gelu_tanh"}, "activation='gelu_tanh': the FFN uses gelu; leave activation null"),
+        ("glu", {"activation": "gelu"}, "activation='gelu': the FFN uses silu; leave activation null"),
+        ("mlp_leaky", {"activation": "relu"}, r"activation='relu': the FFN uses LeakyReLU\(negative_slope=0.2\)"),
+        ("mlp_relu_nobias", {"glu": True}, "glu=True: the FFN has no gate; leave glu null"),
+    ],
+)
+def test_experts_that_compute_something_else_are_not_filled(kind, options, message):
+    for shared_hidden in (0, 8):
+        with pytest.raises(moecore.ConfigError, match=f"^{message}"):
+            upcycled(dense(kind), shared_hidden=shared_hidden, hidden=H, **options)
+    moecore.replace_ffn(dense(kind), "all", moecore.MoEConfig(**options), init="random")
+
+
+def test_split_refuses_experts_that_compute_something_else():
+    ffn = moecore.find_ffns(dense("mlp_leaky"))[0]
+    moecore.split(ffn, moecore.MLPBank(3, D, 8, activation=ffn.activation))
+    with pytest.raises(moecore.ConfigError, match=r"^activation=LeakyReLU\(negative_slope=0.1\): the FFN uses Leaky"):
+        moecore.split(ffn, moecore.MLPBank(3, D, 8, activation=nn.LeakyReLU(0.1)))
+    with pytest.raises(moecore.ConfigError, match=r"^bias=False: the FFN has biases"):
+        moecore.split(ffn, moecore.MLPBank(3, D, 8, activation=ffn.activation, bias=False))
+
+
 def test_split_must_use_every_unit():
     ffn = moecore.find_ffns(dense("mlp"))[0]
     with pytest.raises(moecore.ConfigError, match=r"^hidden=7: 3 experts must share 24 units"):
@@ -204,6 +248,9 @@ def test_upcycling_refuses_what_it_cannot_fill():
     router = moecore.MoE.build(D, num_experts=2).router
     with pytest.raises(moecore.ConfigError, match=r"^experts='ConstantBank': upcycling fills MLP and GLU banks only"):
         moecore.upcycle(ffn, moecore.MoE(router, moecore.ConstantBank(2, D)))
+    layer = moecore.MoE(router, moecore.MLPBank(2, D, H), moecore.SharedExpert(moecore.ConstantBank(1, D)))
+    with pytest.raises(moecore.ConfigError, match=r"^experts='ConstantBank': upcycling fills MLP and GLU banks only"):
+        moecore.upcycle(ffn, layer)
     for shared in (H, H + 1):
         layer = moecore.MoE.build(D, num_experts=2, hidden=4, shared_hidden=shared)
         with pytest.raises(moecore.ConfigError, match=rf"^shared_hidden={shared}: must leave some of the FFN's 24"):
