@@ -76,7 +76,7 @@ def z_loss(routing: Routing) -> Scalar:
 
 def entropy_loss(routing: Routing) -> Scalar:
     """Mean entropy of a token's router distribution, in nats: minimising it sharpens decisions."""
-    return _entropy(routing.probs).mean()
+    return entropy(routing.probs).mean()
 
 
 def mutual_information_loss(routing: Routing) -> Scalar:
@@ -85,10 +85,11 @@ def mutual_information_loss(routing: Routing) -> Scalar:
     Mod-Squad, arXiv 2212.08066, equation 5, with the batch's tokens for the task variable.
     """
     probs = routing.probs
-    return _entropy(probs).mean() - _entropy(probs.mean(0))
+    return entropy(probs).mean() - entropy(probs.mean(0))
 
 
-def _entropy(probs: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
+def entropy(probs: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
+    """Entropy in nats over the last dimension."""
     return -torch.special.xlogy(probs, probs.clamp(min=1e-20)).sum(-1)
 
 

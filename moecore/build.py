@@ -111,6 +111,12 @@ def build_bank(config: MoEConfig, width: int, ffn: FFNShape, num_experts: int, h
     return bank(num_experts, width, hidden, activation=activation, bias=bias, dropout=dropout)
 
 
+def _comparable_hidden(config: MoEConfig, ffn: FFNShape) -> int:
+    """Hidden units with which an FFN of the kind asked for costs what `ffn` does: gated ones have a third matrix."""
+    glu = ffn.glu if config.glu is None else config.glu
+    return ffn.hidden * (2 + ffn.glu) // (2 + glu)
+
+
 def router_width(config: MoEConfig, width: int) -> int:
     """Width of what the router of a layer for tokens of width `width` sees."""
     if config.pool != "flatten":
@@ -132,7 +138,8 @@ def build_moe(config: MoEConfig, width: int, ffn: FFNShape | None = None, router
     ffn = ffn or FFNShape(hidden=4 * width)
     if router is None:
         router = build_router(config, router_width(config, width))
-    experts = build_bank(config, width, ffn, config.num_experts, config.hidden_for(ffn.hidden))
+    hidden = config.hidden_for(_comparable_hidden(config, ffn))
+    experts = build_bank(config, width, ffn, config.num_experts, hidden)
     shared = None
     if config.shared_hidden:
         shared = SharedExpert(build_bank(config, width, ffn, 1, config.shared_hidden), config.shared_gate)

@@ -64,6 +64,14 @@ def routing_context(
 ) -> Iterator[Context]:
     """Hand side information to every MoE layer that runs inside, however deep in a foreign model.
 
+    Args:
+        task: task index, one for all or one per sample or token (see `Context` for shapes).
+        ids: integer token ids.
+        allowed: boolean mask of the experts that may be chosen.
+
+    Yields:
+        The context, which a call to a layer may also be given as its argument.
+
     Example:
         >>> import torch, moecore
         >>> moe = moecore.MoE.build(8, num_experts=4, top_k=1)

@@ -42,17 +42,18 @@ def count_cost(model: nn.Module, *inputs: object) -> Cost:
     """Count a model on real inputs, in eval mode, by what its modules multiply.
 
     Args:
-        model: any module; its mode is restored.
+        model: any module; the mode of each of its parts is restored.
         inputs: arguments of one forward pass. Multiply-adds are those of this input.
     """
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with record(model) as recording:
             macs = _macs(model, "sorted", inputs)
         all_experts = _macs(model, "dense", inputs)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     total = sum(p.numel() for p in model.parameters())
     return Cost(total, total - _idle_params(model, recording), macs, all_experts)
 

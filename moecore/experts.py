@@ -28,8 +28,8 @@ class Layout(Protocol):
     def linear(self, x: Tensor, weight: Float[Tensor, "E F D"], bias: Float[Tensor, "E F"] | None) -> Tensor:
         """Each row times the weight of its expert: [R, D] -> [R, F]."""
 
-    def pick(self, table: Float[Tensor, "E D"]) -> Tensor:
-        """The entry of each row's expert, in a shape that broadcasts against rows."""
+    def pick(self, table: Float[Tensor, "E D"], x: Tensor) -> Tensor:
+        """The entry of each row's expert, in a shape that broadcasts against rows `x`."""
 
     def parts(self, x: Tensor, sizes: Sequence[int]) -> list[tuple[int, Tensor, Layout]]:
         """Rows split over consecutive ranges of experts: (range number, rows, layout), empty ranges left out."""
@@ -226,8 +226,8 @@ class ConstantBank(ExpertBank):
             return x * 0.0
         if self.kind == "copy":
             return x * 1.0
-        a = (x * layout.pick(self.mix).to(x.dtype)).sum(-1, keepdim=True).sigmoid()
-        return a * x + (1 - a) * layout.pick(self.vector).to(x.dtype)
+        a = (x * layout.pick(self.mix, x).to(x.dtype)).sum(-1, keepdim=True).sigmoid()
+        return a * x + (1 - a) * layout.pick(self.vector, x).to(x.dtype)
 
 
 class MixedBank(ExpertBank):

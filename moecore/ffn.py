@@ -48,7 +48,12 @@ class DenseFFN:
 
 
 def find_ffns(model: nn.Module) -> list[DenseFFN]:
-    """The FFNs of a model in the order of its modules; those inside one another, or inside an MoE layer, left out."""
+    """The FFNs of a model in the order of its modules; those inside one another, or inside an MoE layer, left out.
+
+    Known are the spellings of timm, torchvision, `torch.nn`'s transformer layers and transformers: see `READERS`.
+    Weights are read, not copied. Dropout on an FFN's output is not read: only `torch.nn`'s layers keep it outside the
+    FFN, where replacing leaves it.
+    """
     found: list[DenseFFN] = []
     skip: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -71,12 +76,11 @@ def put_module(model: nn.Module, ffn: DenseFFN, module: nn.Module) -> None:
     """Put `module` where `ffn` was found."""
     parent_name, _, leaf = ffn.name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    model.set_submodule(ffn.name, module)
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and leaf == "linear1":
         # The FFN of these is no module: its first linear map becomes the MoE, everything after it the identity.
-        parent.linear1, parent.linear2, parent.dropout = module, nn.Identity(), nn.Identity()
-        parent.activation, parent.activation_relu_or_gelu = nn.Identity(), 0
-        return
-    setattr(parent, leaf, module) if not leaf.isdigit() else parent.__setitem__(int(leaf), module)
+        parent.linear2, parent.dropout, parent.activation = nn.Identity(), nn.Identity(), nn.Identity()
+        parent.activation_relu_or_gelu = 0  # no fused kernel may take the place of these
 
 
 def _from_linears(
@@ -157,8 +161,8 @@ def _sequential(name: str, m: nn.Module) -> DenseFFN | None:
 
 
 def _is_norm(m: nn.Module) -> bool:
-    """Whether it normalises, by its class's name: there is no base class, and every library writes its own."""
-    return any("norm" in cls.__name__.lower() for cls in type(m).__mro__)
+    """Whether it or a part of it normalises, by class name: there is no base class, and every library has its own."""
+    return any("norm" in cls.__name__.lower() for part in m.modules() for cls in type(part).__mro__)
 
 
 def _has_norm(m: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moecore.balance import entropy
 from moecore.layer import MoE
 from moecore.routing import Routing
 
@@ -30,7 +31,13 @@ def record(model: nn.Module) -> Iterator[Recording]:
     """Collect the routing of every MoE layer of `model` while it runs inside.
 
     Outside, layers store nothing. Leave the block before calling `backward()` under activation checkpointing, which
-    runs layers a second time.
+    runs layers a second time. Copies of the model made inside are not recorded.
+
+    Args:
+        model: any module with `moecore.MoE` layers in it; a layer that occurs twice goes by its first name.
+
+    Yields:
+        A list that fills as the model runs, with its graph: detach or drop it when the step is done.
 
     Example:
         >>> import torch, moecore
@@ -51,7 +58,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
             module._recorder = outer
 
 
-def _recorder(recording: Recording, name: str, outer: object):
+def _recorder(recording: Recording, name: str, outer: Callable[[Routing], None] | None) -> Callable[[Routing], None]:
     def keep(routing: Routing) -> None:
         recording.append(replace(routing, name=name))
         if outer is not None:  # an enclosing `record` sees the layer too
@@ -117,7 +124,7 @@ class RoutingStats:
             assignment = routing.assignment
             sums = {
                 "load": assignment.load().double(),
-                "entropy": distribution_entropy(routing.probs.double()).sum(),
+                "entropy": entropy(routing.probs.double()).sum(),
                 "tokens": _count(assignment.num_tokens),
                 "dropped": _count(0 if assignment.dropped is None else int(assignment.dropped.sum())),
                 "columns": _count(routing.scores.shape[1]),
@@ -148,7 +155,7 @@ def _layer_metrics(totals: dict[str, Tensor]) -> LayerMetrics:
     return LayerMetrics(
         load=share.tolist(),
         max_violation=float(share.max() * load.numel() - 1) if filled else 0.0,
-        load_entropy=_relative(distribution_entropy(share), load.numel()),
+        load_entropy=_relative(entropy(share), load.numel()),
         router_entropy=_relative(totals["entropy"] / max(tokens, 1.0), int(totals["columns"])),
         dead_experts=int((load == 0).sum()),
         experts_per_token=filled / max(tokens, 1.0),
@@ -156,14 +163,9 @@ def _layer_metrics(totals: dict[str, Tensor]) -> LayerMetrics:
     )
 
 
-def distribution_entropy(probs: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
-    """Entropy in nats over the last dimension."""
-    return -torch.special.xlogy(probs, probs.clamp(min=1e-30)).sum(-1)
-
-
-def _relative(entropy: Tensor, size: int) -> float:
-    """Entropy over its largest value; 1 where there is nothing to choose."""
-    return 1.0 if size == 1 else float(entropy / torch.tensor(float(size)).log())
+def _relative(value: Tensor, size: int) -> float:
+    """An entropy over its largest value; 1 where there is nothing to choose."""
+    return 1.0 if size == 1 else float(value / torch.tensor(float(size)).log())
 
 
 def expert_counts(routing: Routing) -> Int[Tensor, "B E"]:
@@ -193,23 +195,24 @@ def mutual_information(counts: Float[Tensor, "C E"] | Int[Tensor, "C E"]) -> flo
     """Mutual information, in nats, of label and expert from their joint counts."""
     joint = counts.double()
     joint = joint / joint.sum().clamp(min=1)
-    return float(
-        distribution_entropy(joint.sum(0)) + distribution_entropy(joint.sum(1)) - distribution_entropy(joint.flatten())
-    )
+    return float(entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint.flatten()))
 
 
 def specialisation(counts: Float[Tensor, "C E"] | Int[Tensor, "C E"]) -> float:
     """Mutual information over the entropy of the label: the share of the label that the expert gives away, 0 to 1."""
     label = counts.double().sum(1)
-    entropy = float(distribution_entropy(label / label.sum().clamp(min=1)))
-    return mutual_information(counts) / entropy if entropy > 0 else 0.0
+    whole = float(entropy(label / label.sum().clamp(min=1)))
+    return mutual_information(counts) / whole if whole > 0 else 0.0
 
 
 def routing_degree(recording: Recording) -> list[int]:
     """Distinct expert combinations among all tokens, over the first layer, the first two, and so on.
 
     The routing degree of ViMoE (arXiv 2410.15732): where the number stops growing, further layers choose nothing that
-    the ones before had not. Needs layers that route the same tokens.
+    the ones before had not.
+
+    Raises:
+        ValueError: if layers route different numbers of tokens.
     """
     combined: Tensor | None = None
     degrees = []

@@ -90,6 +90,9 @@ class MoE(nn.Module):
         Args:
             x: tokens; at least `[B, N, D]` when sequences or segments are routed.
             context: task, ids or masks for the router; by default that of the enclosing `routing_context`.
+
+        Raises:
+            ValueError: for tokens without positions where sequences or segments are routed.
         """
         units, lead = self._units(x)  # [T, D] or [T, L, D]
         seen = units if units.dim() == 2 else POOLS[self.pool](units)  # [T, R]

@@ -177,8 +177,8 @@ class ExpertChoice(Selection):
 class Threshold(Selection):
     """Every expert whose score exceeds a threshold; with threshold 0 and ReLU weights this is ReMoE's gate.
 
-    ReMoE, arXiv 2412.14711; keep the number of active experts near `top_k` with `moecore.SparsityController`.
-    `min_k` best experts are always taken (0 in ReMoE: a token may use none).
+    ReMoE, arXiv 2412.14711. The threshold alone decides: `top_k` is what `moecore.SparsityController` steers the mean
+    number of active experts to. The `min_k` best experts are always taken (0 in ReMoE: a token may use none).
     """
 
     needs_logits = True
@@ -186,7 +186,7 @@ class Threshold(Selection):
     def __init__(self, num_experts: int, top_k: int, threshold: float = 0.0, min_k: int = 0) -> None:
         super().__init__(num_experts, num_experts)
         require(0 <= min_k <= num_experts, "min_k", min_k, f"must lie between 0 and num_experts={num_experts}")
-        self.target_k, self.threshold, self.min_k = top_k, threshold, min_k
+        self.threshold, self.min_k = threshold, min_k
 
     def forward(self, scores: Float[Tensor, "T E"], context: Context) -> Assignment:
         """[T, E] scores -> grid [T, E] with the passing slots filled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ def normalized_relu(scores: Tensor) -> Tensor:
     return gates / gates.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
-class Weighting(nn.Module):
+class Weighting(nn.Module, ABC):
     """Base of all weightings: `scale` times the weights of the subclass, zero in empty slots."""
 
     activation = staticmethod(softmax)

@@ -1,16 +1,18 @@
-"""The fast path for banks of plain FFN experts: one expert at a time over sorted rows, backward by hand.
+"""The fast path for banks of plain FFN experts: a few experts at a time over sorted rows, backward by hand.
 
-Working expert by expert keeps an expert's rows and weights in cache, and writing gradients straight into the stacked
-tensors avoids E full-size temporaries. Saved for backward are only hidden units; the input rows are gathered again,
-and the gradient of a combine weight comes from the hidden layer (`<dh, h>`), so that no expert output is kept.
+Rows are sorted by expert, so consecutive experts own consecutive rows. Experts are worked on in groups whose hidden
+units fit a cache: matrix products run per expert, everything else once per group. Gradients go straight into the
+stacked tensors, which avoids E full-size temporaries. Saved for backward are only hidden units; the input rows are
+gathered again, and the gradient of a combine weight comes from the hidden layer (`<dh, h>`), so that no expert output
+is kept.
 
 Shapes: T tokens of U rows of width D (U > 1 where whole segments or samples are routed), P dispatched tokens,
-F hidden units, O output width.
+F hidden units, O output width, n rows of one group or expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,9 @@ from moecore.executors.workspace import carve
 from moecore.experts import FFN
 
 aten = torch.ops.aten
+
+GROUP = 2**17
+"""Hidden units (rows times F) that a group of experts may have; a larger expert is a group by itself."""
 
 
 def _silu(x: Tensor, out: Tensor) -> Tensor:
@@ -76,30 +81,69 @@ class Rows:
     """Every expert takes every token, in order: nothing need be gathered."""
 
 
-def _gather(x: Tensor, rows: Rows, token: Tensor, out: Tensor) -> Tensor:
-    """Rows [n, W] of one expert."""
-    return x if rows.shared else torch.index_select(x, 0, token, out=out[: token.numel()])
+@dataclass(frozen=True)
+class Saved:
+    """Hidden units that forward kept for backward, rows sorted by expert [P*U, F]."""
+
+    up: Tensor
+    activated: Tensor
+    gate: Tensor | None
 
 
-def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    return torch.mm(x, weight_t, out=out) if bias is None else torch.addmm(bias, x, weight_t, out=out)
+@dataclass(frozen=True)
+class Group:
+    """Consecutive experts with rows."""
+
+    experts: list[int]
+    sizes: list[int]
+    """Rows of each expert."""
+    tokens: slice
+    """Their dispatched tokens."""
+    rows: slice
+    """Their rows: U times as many."""
 
 
-def _each(stacked: Tensor | None, experts: int) -> Sequence[Tensor | None]:
-    """The experts' slices of a stacked tensor that may not be there."""
-    return [None] * experts if stacked is None else stacked.unbind()
+def _groups(counts: list[int], unit: int, hidden: int) -> Iterator[Group]:
+    """Experts in groups of at most `GROUP` hidden units; those without rows left out."""
+    experts: list[int] = []
+    start = position = 0
+    for expert, count in enumerate(counts):
+        if experts and (position + count - start) * unit * hidden > GROUP:
+            yield _group(experts, counts, start, position, unit)
+            experts, start = [], position
+        if count:
+            experts.append(expert)
+        position += count
+    if experts:
+        yield _group(experts, counts, start, position, unit)
 
 
-def _each_t(stacked: Tensor | None, experts: int) -> Sequence[Tensor | None]:
-    """The same, each transposed."""
-    return _each(None if stacked is None else stacked.transpose(1, 2), experts)
+def _group(experts: list[int], counts: list[int], start: int, stop: int, unit: int) -> Group:
+    sizes = [counts[e] * unit for e in experts]
+    return Group(experts, sizes, slice(start, stop), slice(start * unit, stop * unit))
 
 
-def _pieces(kept: Tensor | None, counts: list[int], save: bool) -> Sequence[Tensor | None]:
-    """Each expert's rows of a buffer: its own if they are kept, else the top of the one that all reuse."""
-    if kept is None:
-        return [None] * len(counts)
-    return kept.split(counts) if save else [kept[:n] for n in counts]
+def _gather(x: Tensor, rows: Rows, group: Group, width: int, buffer: Tensor) -> Sequence[Tensor]:
+    """Each expert's input rows [n, D] from tokens [T, U*D]."""
+    if rows.shared:
+        return [x.view(-1, width)] * len(group.experts)
+    token = rows.token[group.tokens]
+    return torch.index_select(x, 0, token, out=buffer[: token.numel()]).view(-1, width).split(group.sizes)
+
+
+def _pick(stacked: Tensor | None, group: Group) -> list[Tensor | None]:
+    """The group's slices of a stacked tensor that may not be there."""
+    return [None if stacked is None else stacked[e] for e in group.experts]
+
+
+def _linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, group: Group, out: Tensor) -> Tensor:
+    """Each expert's rows times its weight (and plus its bias), into `out` [n, F]."""
+    for x, w, b, y in zip(xs, _pick(weight, group), _pick(bias, group), out.split(group.sizes), strict=True):
+        if b is None:
+            torch.mm(x, w.t(), out=y)
+        else:
+            torch.addmm(b, x, w.t(), out=y)
+    return out
 
 
 def forward(
@@ -107,92 +151,61 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Tokens [T, U*D] -> tokens [T, U*O] and, if `save`, of all rows [P*U, F]: up, activated, gate."""
     activate, _ = KERNELS[ffn.activation]
-    (experts, hidden, width), out_width = ffn.up.shape, ffn.down.shape[1]
+    (_, hidden, width), out_width = ffn.up.shape, ffn.down.shape[1]
     unit = x.shape[1] // width
-    counts = [n * unit for n in rows.counts]
-    most, total = max(counts, default=0), sum(counts)
+    groups = list(_groups(rows.counts, unit, hidden))
+    most = max((sum(g.sizes) for g in groups), default=0)
+    total = sum(rows.counts) * unit
     gathered, product, y, *spare = carve(
-        x,
-        (most // unit, x.shape[1]),
-        (most, hidden),
-        (total, out_width),
-        *[(0 if save else most, hidden)] * 3,
+        x, (most // unit, x.shape[1]), (most, hidden), (total, out_width), *[(0 if save else most, hidden)] * 3
     )
-    ups, activated, gates = (x.new_empty(total, hidden) for _ in range(3)) if save else spare
-    gates = None if ffn.gate is None else gates
-    for n, token, out, up_w, up_b, up, gate_w, gate_b, gate, a, down_w, down_b in zip(
-        counts,
-        rows.token.split(rows.counts),
-        y.split(counts),
-        *(_each_t(ffn.up, experts), _each(ffn.up_bias, experts), _pieces(ups, counts, save)),
-        *(_each_t(ffn.gate, experts), _each(ffn.gate_bias, experts), _pieces(gates, counts, save)),
-        _pieces(activated, counts, save),
-        *(_each_t(ffn.down, experts), _each(ffn.down_bias, experts)),
-        strict=True,
-    ):
-        if n == 0:
-            continue
-        xe = _gather(x, rows, token, gathered).view(-1, width)
-        _linear(xe, up_w, up_b, up)
-        if gate is None:
+    kept = [x.new_empty(total, hidden) for _ in range(3 if ffn.gate is not None else 2)] if save else spare
+    for group in groups:
+        n = sum(group.sizes)
+        up, a, *gate = (buffer[group.rows] if save else buffer[:n] for buffer in kept)
+        xs = _gather(x, rows, group, width, gathered)
+        _linear(xs, ffn.up, ffn.up_bias, group, up)
+        if ffn.gate is None:
             h = activate(up, a)
         else:
-            activate(_linear(xe, gate_w, gate_b, gate), a)
-            h = torch.mul(a, up, out=product[:n] if save else a)
-        _linear(h, down_w, down_b, out)
-    return sum_rows(y.view(-1, unit * out_width), rows.row, rows.offsets, weights), ups, activated, gates
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What forward kept for backward, rows sorted by expert [P*U, F]."""
-
-    up: Tensor
-    activated: Tensor
-    gate: Tensor | None
+            activate(_linear(xs, ffn.gate, ffn.gate_bias, group, gate[0]), a)
+            h = torch.mul(a, up, out=product[:n])
+        _linear(h.split(group.sizes), ffn.down, ffn.down_bias, group, y[group.rows])
+    y = sum_rows(y.view(-1, unit * out_width), rows.row, rows.offsets, weights)
+    return y, kept[0], kept[1], kept[2] if ffn.gate is not None else None
 
 
 def backward(
     grad: Tensor, x: Tensor, weights: Tensor, rows: Rows, ffn: FFN, saved: Saved
 ) -> tuple[Tensor, Tensor, FFN]:
     """Gradients of tokens [T, U*D], combine weights [P] and the bank."""
-    (experts, hidden, width), out_width = ffn.up.shape, ffn.down.shape[1]
+    (_, hidden, width), out_width = ffn.up.shape, ffn.down.shape[1]
     unit = x.shape[1] // width
-    counts = [n * unit for n in rows.counts]
-    most = max(rows.counts, default=0)
+    groups = list(_groups(rows.counts, unit, hidden))
+    most = max((sum(g.sizes) for g in groups), default=0)
+    total = sum(rows.counts) * unit
     x_rows, dy_rows, dx_rows, *scratch = carve(
-        x, (most, x.shape[1]), (most, grad.shape[1]), (sum(counts), width), *[(most * unit, hidden)] * 2
+        x, (most // unit, x.shape[1]), (most // unit, grad.shape[1]), (total, width), *[(most, hidden)] * 2
     )
     # Zeros are for experts without rows: every other gradient is written whole.
-    fresh = torch.zeros_like if 0 in counts else torch.empty_like
+    fresh = torch.zeros_like if 0 in rows.counts else torch.empty_like
     grads = FFN(*(None if w is None else fresh(w) for w in tensors(ffn)), ffn.activation)
     by_row = torch.empty_like(weights).scatter_(0, rows.row, weights)  # weights in order of rows
-    ids = torch.arange(most * unit, device=x.device)
-    dots = []
-    parts = zip(
-        rows.token.split(rows.counts),
-        by_row.split(rows.counts),
-        saved.up.split(counts),
-        saved.activated.split(counts),
-        [None] * experts if saved.gate is None else saved.gate.split(counts),
-        dx_rows.split(counts),
-        strict=True,
-    )
-    for expert, (token, w, up, a, gate, dx) in enumerate(parts):
-        if token.numel() == 0:
-            continue
-        dy = _gather(grad, rows, token, dy_rows).view(-1, out_width)
-        w = w.repeat_interleave(unit) if unit > 1 else w
-        dot, du, dg = _hidden_grads(dy, w, ffn, grads, expert, Saved(up, a, gate), scratch, ids)
-        dots.append(dot)
-        xe = _gather(x, rows, token, x_rows).view(-1, width)
-        torch.mm(du, ffn.up[expert], out=dx)
-        _weight_grads(xe, du, grads.up[expert], _at(grads.up_bias, expert))
+    by_row = by_row.repeat_interleave(unit) if unit > 1 else by_row
+    dots = x.new_empty(total)
+    for group in groups:
+        dys = _gather(grad, rows, group, out_width, dy_rows)
+        gate = None if saved.gate is None else saved.gate[group.rows]
+        kept = Saved(saved.up[group.rows], saved.activated[group.rows], gate)
+        w = by_row[group.rows]
+        du, dg = _hidden_grads(dys, w, ffn, grads, group, kept, scratch, dots[group.rows])
+        xs = _gather(x, rows, group, width, x_rows)
+        dxs = dx_rows[group.rows].split(group.sizes)
+        _linear_grads(xs, du, ffn.up, grads.up, grads.up_bias, group, dxs, add=False)
         if dg is not None:
-            dx.addmm_(dg, ffn.gate[expert])
-            _weight_grads(xe, dg, grads.gate[expert], _at(grads.gate_bias, expert))
+            _linear_grads(xs, dg, ffn.gate, grads.gate, grads.gate_bias, group, dxs, add=True)
     dx = sum_rows(dx_rows.view(-1, x.shape[1]), rows.row, rows.offsets)
-    dots = torch.cat(dots).view(-1, unit).sum(1) if dots else weights.new_empty(0)
+    dots = dots.view(-1, unit).sum(1) if unit > 1 else dots
     return dx, dots.index_select(0, rows.row), grads
 
 
@@ -201,47 +214,60 @@ def tensors(ffn: FFN) -> tuple[Tensor | None, ...]:
     return ffn.up, ffn.down, ffn.gate, ffn.up_bias, ffn.down_bias, ffn.gate_bias
 
 
-def _at(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
-
-
 def _hidden_grads(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     w: Tensor,
     ffn: FFN,
     grads: FFN,
-    expert: int,
+    group: Group,
     saved: Saved,
     scratch: Sequence[Tensor],
-    ids: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One expert's down projection: <dy, y> per row, and the gradients of its pre-activations (up, gate)."""
+    dots: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Through the down projection: <dy, y> per row into `dots`, and the gradients of the pre-activations (up, gate)."""
     _, activation_grad = KERNELS[ffn.activation]
-    n = dy.shape[0]
-    h, dh = (buffer[:n] for buffer in scratch)
-    torch.mm(dy, ffn.down[expert], out=dh)  # before the combine weight
+    h, dh = (buffer[: w.numel()] for buffer in scratch)
+    for dy, down, out in zip(dys, _pick(ffn.down, group), dh.split(group.sizes), strict=True):
+        torch.mm(dy, down, out=out)  # before the combine weight
     product = saved.activated if saved.gate is None else torch.mul(saved.activated, saved.up, out=h)
-    dots = _row_dots(dh, product, ids[:n])
-    if grads.down_bias is not None:
-        dots = dots + dy @ ffn.down_bias[expert]
-        torch.mv(dy.t(), w, out=grads.down_bias[expert])
+    dots.copy_(_row_dots(dh, product))
     # The combine weight enters h for the gradient of the down projection, and dh for everything below it.
-    w = w[:, None]
-    torch.mm(dy.t(), torch.mul(product, w, out=h), out=grads.down[expert])
-    dh.mul_(w)
+    torch.mul(product, w[:, None], out=h)
+    parts = zip(dys, group.experts, h.split(group.sizes), w.split(group.sizes), dots.split(group.sizes), strict=True)
+    for dy, expert, h_e, w_e, dots_e in parts:
+        torch.mm(dy.t(), h_e, out=grads.down[expert])
+        if grads.down_bias is not None:
+            dots_e.add_(dy @ ffn.down_bias[expert])
+            torch.mv(dy.t(), w_e, out=grads.down_bias[expert])
+    dh.mul_(w[:, None])
     if saved.gate is None:
-        return dots, activation_grad(dh, saved.up), None
+        return activation_grad(dh, saved.up), None
     du = torch.mul(dh, saved.activated, out=h)
-    return dots, du, activation_grad(dh.mul_(saved.up), saved.gate)
+    return du, activation_grad(dh.mul_(saved.up), saved.gate)
 
 
-def _row_dots(a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-    """Inner product of corresponding rows [n, F] in one pass; `ids` counts the rows."""
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of corresponding rows [n, F] in one pass."""
+    ids = torch.arange(a.shape[0], device=a.device)
     return aten._embedding_bag_per_sample_weights_backward(a, b, ids, ids, ids, 0)
 
 
-def _weight_grads(x: Tensor, dy: Tensor, dw: Tensor, db: Tensor | None) -> None:
-    """Gradients of weight and bias of `y = x @ weight.T + bias`, written into `dw` and `db`."""
-    torch.mm(dy.t(), x, out=dw)
-    if db is not None:
-        torch.sum(dy, 0, out=db)
+def _linear_grads(
+    xs: Sequence[Tensor],
+    dy: Tensor,
+    weight: Tensor,
+    dw: Tensor,
+    db: Tensor | None,
+    group: Group,
+    dxs: Sequence[Tensor],
+    add: bool,
+) -> None:
+    """Gradients of `y = x @ weight.T + bias` per expert, into `dw`, `db` and `dxs` (added to these if `add`)."""
+    for x, dy_e, expert, dx in zip(xs, dy.split(group.sizes), group.experts, dxs, strict=True):
+        torch.mm(dy_e.t(), x, out=dw[expert])
+        if db is not None:
+            torch.sum(dy_e, 0, out=db[expert])
+        if add:
+            dx.addmm_(dy_e, weight[expert])
+        else:
+            torch.mm(dy_e, weight[expert], out=dx)

@@ -21,7 +21,7 @@ def _ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 class SingleLayout:
     """All rows belong to one expert: rows [n, ..., D].
 
-    `rows` remembers the stacked weights cut into per-expert tensors, so that autograd stacks their gradients once
+    `cut` remembers the stacked weights cut into per-expert tensors, so that autograd stacks their gradients once
     instead of adding E full-size ones.
     """
 
@@ -32,14 +32,14 @@ class SingleLayout:
     def _of(self, stacked: Tensor) -> Tensor:
         key = id(stacked)
         if key not in self.cut:
-            self.cut[key] = stacked.unbind()
-        return self.cut[key][self.expert]
+            self.cut[key] = (stacked, *stacked.unbind())  # itself too: while it lives, no other tensor has its id
+        return self.cut[key][1 + self.expert]
 
     def linear(self, x: Tensor, weight: Float[Tensor, "E F D"], bias: Float[Tensor, "E F"] | None) -> Tensor:
         """[n, ..., D] -> [n, ..., F] with the expert's weights."""
         return F.linear(x, self._of(weight), None if bias is None else self._of(bias))
 
-    def pick(self, table: Float[Tensor, "E D"]) -> Tensor:
+    def pick(self, table: Float[Tensor, "E D"], x: Tensor) -> Tensor:
         """The expert's entry, [D]."""
         return self._of(table)
 
@@ -63,9 +63,9 @@ class EveryLayout:
             y = y + bias[:, None].to(y.dtype)
         return y.reshape(experts, *x.shape[1:-1], wide)
 
-    def pick(self, table: Float[Tensor, "E D"]) -> Tensor:
-        """[E, 1, D]: broadcasts against [E, T, D]."""
-        return table[:, None]
+    def pick(self, table: Float[Tensor, "E D"], x: Tensor) -> Tensor:
+        """[E, 1, ..., D]: broadcasts against [E, T, ..., D]."""
+        return table.view(table.shape[0], *[1] * (x.dim() - 2), table.shape[1])
 
     def parts(self, x: Tensor, sizes: Sequence[int]) -> list[tuple[int, Tensor, EveryLayout]]:
         """The experts' slices; rows still shared by all stay so."""
@@ -99,9 +99,9 @@ class SortedLayout:
         rows = _ExpertRows.apply(table, self.expert, self.ends)  # [P, D]
         return rows.reshape(rows.shape[0], *[1] * (dim - 2), rows.shape[1])
 
-    def pick(self, table: Float[Tensor, "E D"]) -> Tensor:
-        """[P, D]: each row's entry."""
-        return self._rows(table, 2)
+    def pick(self, table: Float[Tensor, "E D"], x: Tensor) -> Tensor:
+        """[P, 1, ..., D]: each row's entry."""
+        return self._rows(table, x.dim())
 
     def parts(self, x: Tensor, sizes: Sequence[int]) -> list[tuple[int, Tensor, SortedLayout]]:
         """Slices of rows; reads the range ends on the host."""

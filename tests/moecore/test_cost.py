@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import moecore
+from moecore.build import FFNShape
 
 SIZE, PATCH, D, F, DEPTH, CLASSES, B = 32, 8, 16, 64, 3, 10, 2
 N = (SIZE // PATCH) ** 2 + 1  # class token
@@ -66,6 +67,16 @@ def test_default_width_of_experts_keeps_the_ffns_multiply_adds():
     assert moecore.count_cost(model, x).macs == before + B * DEPTH * N * D * 8  # the routers
 
 
+def test_gated_experts_for_a_plain_ffn_are_narrower_by_their_third_matrix():
+    gated = moecore.MoE.build(48, num_experts=4, top_k=2, glu=True, bias=False)
+    plain = moecore.MoE.build(48, num_experts=4, top_k=2, bias=False)
+    x = torch.randn(5, 48)
+    assert gated.experts.hidden == 4 * 48 * 2 // 3 // 2
+    assert moecore.count_cost(gated, x).macs == moecore.count_cost(plain, x).macs
+    config, glu = moecore.MoEConfig(top_k=2, glu=False), FFNShape(hidden=64, glu=True)
+    assert moecore.build_moe(config, D, glu).experts.hidden == 64 * 3 // 2 // 2
+
+
 def test_glu_experts_have_three_matrices():
     moe = moecore.MoE.build(D, num_experts=4, top_k=2, hidden=8, glu=True, bias=False)
     cost = moecore.count_cost(moe, torch.randn(5, D))
@@ -117,6 +128,13 @@ def test_model_is_left_as_it_was(training):
         moecore.count_cost(model, torch.randn(3, D))
     assert model.training == training
     assert moe.executor == "grouped_mm"
+
+
+def test_parts_in_another_mode_stay_in_it():
+    model = nn.Sequential(nn.Dropout(0.5), moecore.MoE.build(D, num_experts=4))
+    model.train()[0].eval()
+    moecore.count_cost(model, torch.randn(3, D))
+    assert [m.training for m in (model, *model)] == [True, False, True]
 
 
 def test_names_for_tables():

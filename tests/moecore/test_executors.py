@@ -144,7 +144,7 @@ def test_few_tokens_and_experts(executor, bank, case, experts, tokens):
 
 
 @pytest.mark.parametrize("executor", moecore.EXECUTORS)
-@pytest.mark.parametrize("bank", ["mlp", "glu", "mlp_other_activation", "segment"])
+@pytest.mark.parametrize("bank", ["mlp", "glu", "mlp_other_activation", "segment", "constant", "mixed"])
 def test_units_of_several_tokens(executor, bank):
     bank = moecore.SegmentBank(4, 3, D, F) if bank == "segment" else bank_of(bank, 4)
     assignment = routed("random", 7, 4, 2)
@@ -204,6 +204,28 @@ def test_inference_mode_then_training(executor):
     y = moecore.EXECUTORS[executor](x.requires_grad_(), bank, assignment, weights)
     y.sum().backward()
     torch.testing.assert_close(y.detach(), expected.clone())
+
+
+class HalvedBank(moecore.ExpertBank):
+    """Weights made anew in every call, as of a factorised bank."""
+
+    def __init__(self) -> None:
+        super().__init__(4, D)
+        self.first, self.second = (torch.nn.Parameter(torch.randn(4, D, D)) for _ in range(2))
+
+    def forward(self, x, layout):
+        return layout.linear(layout.linear(x, self.first / 2, None).relu(), self.second / 2, None)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("executor", moecore.EXECUTORS)
+def test_weights_need_not_outlive_their_use(executor, mode):
+    bank, assignment, weights = HalvedBank(), routed("random", 9, 4, 2), torch.rand(9, 2)
+    x = torch.randn(9, D)
+    each = [(x @ first.t() / 2).relu() @ second.t() / 2 for first, second in zip(bank.first, bank.second, strict=True)]
+    expected = (torch.stack(each) * assignment.dense(weights).t()[..., None]).sum(0)
+    with mode():
+        torch.testing.assert_close(moecore.EXECUTORS[executor](x, bank, assignment, weights), expected)
 
 
 @pytest.mark.parametrize("executor", moecore.EXECUTORS)

@@ -306,6 +306,15 @@ def test_recurrent_routers_may_see_whole_segments():
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_names_that_are_numbers_in_any_container():
+    def ffn() -> nn.Module:
+        return nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
+
+    model = nn.ModuleList([nn.ModuleDict({"7": ffn()}), nn.Sequential(ffn())])
+    assert moecore.replace_ffn(model, "all", SMALL) == ["0.7", "1.0"]
+    assert all(isinstance(m, moecore.MoE) for m in (model[0]["7"], model[1][0]))
+
+
 class Odd(nn.Module):
     """Looks like an FFN and is none that could become experts."""
 
@@ -347,6 +356,7 @@ class Renamed(nn.BatchNorm1d):
         nn.LocalResponseNorm(2),
         CenteredNorm(),
         Renamed(H),
+        nn.Sequential(nn.GELU(), nn.LayerNorm(H)),
     ],
     ids=lambda norm: type(norm).__name__,
 )

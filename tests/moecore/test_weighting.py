@@ -7,6 +7,7 @@ import torch
 
 import moecore
 from moecore.routing import Assignment
+from moecore.weighting import Weighting
 
 T, D, E, K = 6, 8, 5, 3
 
@@ -66,6 +67,11 @@ def test_flat_pairs_follow_the_same_formula(name):
         expected = by_hand(name, scores[t], expert[mine].tolist()) if mine.any() else []
         assert weights[mine].tolist() == pytest.approx(expected, rel=1e-5)
     assert weights[5] == 0
+
+
+def test_a_weighting_without_weights_is_none():
+    with pytest.raises(TypeError, match="abstract"):
+        Weighting(D, E, K)
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_chosen", "sigmoid", "decoupled"])
