@@ -52,7 +52,23 @@ def test_names_mean_their_formulas(name):
         (nn.PReLU(), None),
         (lambda x: x * torch.sigmoid(1.702 * x), None),
     ],
-    ids=str,
+    ids=[
+        "GELU",
+        "GELU-tanh",
+        "partial-gelu-tanh",
+        "SiLU",
+        "ReLU",
+        "F.relu",
+        "torch.tanh",
+        "Sigmoid",
+        "Identity",
+        "squared-relu-lambda",
+        "silu-lambda",
+        "LeakyReLU",
+        "ELU",
+        "PReLU",
+        "quick-gelu-lambda",
+    ],
 )
 def test_foreign_activations_are_known_by_their_values(foreign, name):
     resolved, function = resolve_activation(foreign)
