@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moecore.inspect import Recording, record
 from moecore.layer import MoE
@@ -59,14 +59,23 @@ def count_cost(model: nn.Module, *inputs: object) -> Cost:
 
 
 def _macs(model: nn.Module, executor: str, inputs: tuple) -> int:
-    in_place = {torch.ops.aten.addmm_: _addmm_flops}  # shared experts multiply so; torch counts the other form only
-    with _executor(model, executor), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with _executor(model, executor), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         model(*inputs)
     return counter.get_total_flops() // 2
 
 
 def _addmm_flops(onto_shape, a_shape, b_shape, **_) -> int:
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+def _attention_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+_UNCOUNTED = {
+    torch.ops.aten.addmm_: _addmm_flops,  # shared experts multiply in place; torch counts the other form only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,  # not in every version's own table
+}
 
 
 def _idle_params(model: nn.Module, recording: Recording) -> int:

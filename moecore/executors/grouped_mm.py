@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from moecore.executors.layouts import SortedLayout
 from moecore.executors.plan import Combine, Dispatch, make_plan
@@ -12,6 +13,20 @@ from moecore.experts import ExpertBank
 from moecore.routing import Assignment
 
 _ALIGNMENT = 16  # bytes that row strides must be multiples of
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _traces(dtype: torch.dtype) -> bool:
+    """Whether `torch.compile` can see through a grouped GEMM: some versions run more dtypes than they can trace."""
+    a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((8, 8), (1, 8, 8)))
+    try:
+        F.grouped_mm(a, b, offs=torch.empty(1, dtype=torch.int32, device="meta"))
+    except RuntimeError:
+        return False
+    return True
+
+
+_TRACED = tuple(dtype for dtype in _DTYPES if _traces(dtype))
 
 
 def run_grouped_mm(
@@ -45,8 +60,11 @@ def _nothing(x: Tensor, bank: ExpertBank, weights: Tensor) -> Tensor:
 
 def why_not(x: Tensor, bank: ExpertBank) -> str | None:
     """What keeps `F.grouped_mm` from taking this bank and dtype, or None."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"grouped GEMMs take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    dtype = str(x.dtype).removeprefix("torch.")
+    if x.dtype not in _DTYPES:
+        return f"grouped GEMMs take float32, bfloat16 and float16, not {dtype}"
+    if torch.compiler.is_compiling() and x.dtype not in _TRACED:
+        return f"this version of torch compiles grouped GEMMs in bfloat16 only, not in {dtype}"
     for parameter in bank.parameters():
         if parameter.dim() == 3 and any(size * x.element_size() % _ALIGNMENT for size in parameter.shape[1:]):
             return (

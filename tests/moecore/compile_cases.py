@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import moecore
+from moecore.executors.grouped_mm import _TRACED
 
 D, E = 16, 4
-OLD_GROUPED_MM = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
 
 def layer(**options) -> moecore.MoE:
@@ -48,9 +48,19 @@ def assert_compiles(moe: moecore.MoE, backend: str) -> None:
     ids=str,
 )
 def test_compiles_as_one_graph_and_equals_eager(executor, options):
-    if executor == "grouped_mm" and OLD_GROUPED_MM:
-        pytest.skip("before torch 2.12 grouped_mm cannot be compiled for float32")
-    assert_compiles(layer(executor=executor, **options), "aot_eager")
+    moe = layer(executor=executor, **options)
+    if executor == "grouped_mm" and torch.float32 not in _TRACED:
+        with pytest.raises(Exception, match="compiles grouped GEMMs in bfloat16 only, not in float32"):
+            assert_compiles(moe, "aot_eager")
+    else:
+        assert_compiles(moe, "aot_eager")
+
+
+def test_compiles_grouped_gemms_in_bfloat16():
+    moe = layer(executor="grouped_mm", shared_hidden=8).bfloat16()
+    x = torch.randn(3, 7, D, dtype=torch.bfloat16)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), moe(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.slow
