@@ -76,7 +76,7 @@ def test_the_class_token_comes_first():
 
 
 def published_layer(x: Tensor, state: dict[str, Tensor], name: str, gate: str, task: int) -> Tensor:
-    """A layer by the fact sheet, from published weights alone: [T, D] -> [T, D]."""
+    """A layer written out token by token, from published weights alone: [T, D] -> [T, D]."""
     seen, w_gate = x, f"{name}.gate.{task}.w_gate" if gate == "multi" else f"{name}.gate.w_gate"
     if gate == "task_conditioned":
         fc1, fc2, norm = (
