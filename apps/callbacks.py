@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
-from tqdm import tqdm
 
 import moecore
 from apps.errors import UserError
@@ -58,6 +57,27 @@ class ResumePoints(Callback):
     def _save(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.file)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`; of equally good validations the later one, as small validation sets often tie.
+
+    Args:
+        folder: of the checkpoints.
+        monitor: name of the validation metric.
+        mode: "max" or "min".
+    """
+
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+        super().__init__(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether to save: better than before, or as good."""
+        if current is None or not self.best_k_models:
+            return super().check_monitor_top_k(trainer, current)
+        kept = self.best_k_models[self.kth_best_model_path]
+        good = current <= kept if self.mode == "min" else current >= kept
+        return trainer.strategy.reduce_boolean_decision(bool(good))
 
 
 class StepSeeds(Callback):
@@ -131,35 +151,3 @@ class RoutingMonitor(Callback):
                 for expert, share in enumerate(metrics.load):
                     module.log(f"load/{layer}/{expert}", share)
         module.recording = moecore.Recording()
-
-
-class Progress(Callback):
-    """One bar over the whole training, with the loss and the last validation."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Open the bar where training stands."""
-        batches = trainer.num_training_batches
-        total = batches * trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        hidden = trainer.global_rank != 0
-        self._bar = tqdm(total=total, initial=done, desc="training", disable=hidden, dynamic_ncols=True, smoothing=0.05)
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """One step further."""
-        figures = trainer.progress_bar_metrics
-        shown = {name.split("/")[-1] if name == "train/loss" else name: f"{v:.3g}" for name, v in figures.items()}
-        shown.pop("v_num", None)
-        self._bar.set_postfix(epoch=trainer.current_epoch, **shown, refresh=False)
-        self._bar.update()
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Close the bar."""
-        self._bar.close()
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from apps import tree
 from apps.callbacks import (
     AveragedWeights,
+    BestCheckpoint,
     CheckpointFiles,
-    Progress,
     ResumePoints,
     RoutingMonitor,
     StepSeeds,
@@ -29,6 +29,7 @@ from apps.callbacks import (
 )
 from apps.curves import CurveLogger
 from apps.errors import UserError
+from apps.progress import Progress
 from apps.runs import load_plain
 from apps.settings import OptimConfig, RunConfig, TrainerConfig
 from moecore.files import write_atomic
@@ -74,7 +75,7 @@ def make_trainer(
         RoutingMonitor(),
         StopOnNaN(checkpoints),
         ResumePoints(checkpoints, run.checkpoint_every),
-        ModelCheckpoint(checkpoints, "best", monitor=monitor, mode=mode, enable_version_counter=False),
+        BestCheckpoint(checkpoints, monitor, mode),
     ]
     if optim.ema_decay is not None:
         callbacks.append(AveragedWeights(optim.ema_decay))

@@ -12,10 +12,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from apps.errors import UserError
 from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed
+from apps.progress import track
 from apps.vision import augment
 from apps.vision.models.vimoe import ImageSpec
 from apps.vision.settings import DataConfig
@@ -63,8 +63,7 @@ class Images(Dataset):
         size = self.spec.image_size
         pixels = torch.empty(len(self.table), self.spec.channels, size, size, dtype=torch.uint8)
         kept = []
-        progress = tqdm(range(len(self.table)), "reading images", disable=len(self.table) < 5000, leave=False)
-        for i in progress:
+        for i in track(range(len(self.table)), "reading images", show=len(self.table) >= 5000):
             image = self._read(i)
             if image is not None:
                 pixels[len(kept)] = image

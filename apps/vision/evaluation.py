@@ -15,9 +15,9 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
     multiclass_f1_score,
 )
-from tqdm import tqdm
 
 import moecore
+from apps.progress import track
 from apps.vision.models.vimoe import ViMoE
 
 
@@ -93,7 +93,7 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
     maps: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
     kept = 0
-    for images, target in tqdm(batches, "evaluating", leave=False, disable=not progress):
+    for images, target in track(batches, "evaluating", progress):
         started = _clock(device)
         with moecore.record(model) as recording:
             out = model(images.to(device))

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 from apps.errors import UserError
+from apps.progress import track
 from apps.vision.augment import for_evaluation
 from apps.vision.models.vimoe import ImageSpec, ViMoE
 from apps.vision.settings import DataConfig
@@ -34,7 +34,7 @@ def predict_images(model: ViMoE, source: Path, config: DataConfig, top: int = 3)
     rows: list[dict[str, Any]] = []
     skipped = 0
     chunks = [files[i : i + config.batch_size] for i in range(0, len(files), config.batch_size)]
-    for chunk in tqdm(chunks, "predicting", leave=False, disable=len(chunks) < 2):
+    for chunk in track(chunks, "predicting", show=len(chunks) > 1):
         images, names = [], []
         for file in chunk:
             try:

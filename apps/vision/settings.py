@@ -15,11 +15,14 @@ class ModelConfig:
     """A vision transformer and the MoE layers in it."""
 
     backbone: str = "vit_micro"
-    """vit_micro, vit_mini, vit_mini_conv (small ones of ours), or any timm ViT, e.g. deit_small_patch16_224."""
+    """vit_micro, vit_mini, vit_midi (ours, for small images), or any timm ViT, e.g. deit_small_patch16_224."""
     pretrained: str | None = None
     """Weights to start from: `timm` downloads the backbone's, or a file (.safetensors, .pth) of a plain timm ViT."""
     patch_size: int | None = None
     """Side of a patch in pixels; null: as the backbone, or to suit the image size for ours."""
+    stem: Literal["auto", "conv", "patch"] = "auto"
+    """How our backbones make tokens: a few 3x3 convolutions (patch size 2, 4, 8, ...), or one patch projection; auto:
+    convolutions where the patch size allows."""
     embed_dim: int | None = None
     """Width; null: as the backbone."""
     depth: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ from moecore.errors import require
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit_micro": {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
-    "vit_mini": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
-    "vit_mini_conv": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "conv_stem": True},
+    "vit_mini": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+    "vit_midi": {"embed_dim": 192, "depth": 9, "num_heads": 6, "mlp_ratio": 4.0},
 }
-"""Sizes that train on a CPU, with global average pooling and a patch size that suits the image."""
+"""Sizes of ours, for small images: a convolutional stem, global average pooling, a patch size that suits the image."""
 
 
 class ConvStem(nn.Module):
-    """Patches by 3x3 convolutions of stride 2 instead of one large one (arXiv 2106.14881): trains in fewer images.
+    """Patches by a few 3x3 convolutions instead of one large one: trains in far fewer images.
+
+    "Early convolutions help transformers see better", arXiv 2106.14881, for small images. Channels double where the
+    image is halved, up to the width of the tokens.
 
     Args:
         img_size: side of the square image.
@@ -36,17 +41,13 @@ class ConvStem(nn.Module):
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int = 3, embed_dim: int = 128, **_: Any) -> None:
         super().__init__()
-        halvings = patch_size.bit_length() - 1
-        require(
-            patch_size == 2**halvings and halvings >= 1, "patch_size", patch_size, "must be 2, 4, 8, ... with a stem"
-        )
+        halvings = _halvings(patch_size)
+        require(halvings > 0, "model.patch_size", patch_size, "must be 2, 4, 8, ... for a conv stem; or use stem=patch")
+        widths = [max(8, embed_dim >> i) for i in reversed(range(halvings))]
         layers: list[nn.Module] = []
-        channels = in_chans
-        for i in range(halvings):
-            out = embed_dim // 2 ** (halvings - i)
-            layers += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.GELU()]
-            channels = out
-        self.net = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, 1))
+        for before, after in pairwise([in_chans, *widths]):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+        self.net = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
         self.patch_size, self.img_size = (patch_size, patch_size), (img_size, img_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -71,7 +72,7 @@ def make_backbone(config: ModelConfig, channels: int, image_size: int, num_class
         sizes = SMALL[config.backbone] | options
         sizes.setdefault("patch_size", fitting_patch(image_size))
         _check_sizes(sizes, image_size)
-        if sizes.pop("conv_stem", False):
+        if config.stem == "conv" or (config.stem == "auto" and _halvings(sizes["patch_size"])):
             sizes["embed_layer"] = ConvStem
         model = VisionTransformer(**sizes, **common, class_token=False, global_pool="avg")
         _load_pretrained(model, config)
@@ -95,10 +96,18 @@ def _timm_vit(config: ModelConfig, options: dict[str, Any], common: dict[str, An
     return model
 
 
+def _halvings(patch_size: int) -> int:
+    """How often a power of two halves; 0 for any other number."""
+    power = patch_size >= 2 and patch_size & (patch_size - 1) == 0
+    return patch_size.bit_length() - 1 if power else 0
+
+
 def fitting_patch(image_size: int) -> int:
-    """A patch size of ours: 4x4 patches for the smallest images, 8x8 for small ones, 14x14 or more for photographs."""
-    grid = 4 if image_size <= 16 else 8 if image_size <= 64 else image_size / 16
-    return max(1, round(image_size / grid))
+    """A patch size that divides the image: about 4x4 patches for tiny images, 8x8 for small ones, else 16x16."""
+    wanted = image_size / (4 if image_size <= 16 else 8 if image_size <= 64 else 16)
+    divisors = [p for p in range(1, image_size // 2 + 1) if image_size % p == 0]
+    # The nearest by ratio; of equals the power of two, which a convolutional stem can make.
+    return min(divisors, key=lambda p: (abs(math.log2(p / wanted)) - 0.5 * (_halvings(p) > 0), p))
 
 
 def _check_sizes(sizes: dict[str, Any], image_size: int) -> None:
