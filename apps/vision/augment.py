@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from apps.vision.models.vimoe import ImageSpec
 from apps.vision.settings import DataConfig
 
 
@@ -44,9 +45,15 @@ def per_image(config: DataConfig, image_size: int, resize: bool) -> v2.Transform
     return v2.Compose(steps) if steps else None
 
 
-def for_evaluation(image_size: int) -> v2.Transform:
-    """Resize the shorter side to 8/7 of the size, then cut out the centre."""
-    return v2.Compose([v2.Resize(image_size * 8 // 7, antialias=True), v2.CenterCrop(image_size)])
+def for_evaluation(spec: ImageSpec) -> v2.Transform:
+    """An image as the model is tested on it and predicts from it.
+
+    Whole, resized to the size if need be; or, as for photographs, the centre of one whose shorter side is 8/7 of it.
+    """
+    size = spec.image_size
+    if spec.whole:
+        return v2.Resize([size, size], antialias=True)
+    return v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)])
 
 
 def mixing(config: DataConfig, num_classes: int) -> v2.Transform | None:

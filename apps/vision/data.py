@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections import Counter
 from typing import Any
@@ -19,7 +21,7 @@ from apps.progress import track
 from apps.vision import augment
 from apps.vision.models.vimoe import ImageSpec
 from apps.vision.settings import DataConfig
-from apps.vision.sources import Table, Unreadable, decode, load_tables, open_image
+from apps.vision.sources import GREY, Table, Unreadable, decode, load_tables, open_image
 
 Batch = tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]
 MEMORY = 2 * 2**30
@@ -33,30 +35,23 @@ class Images(Dataset):
         table: the images.
         spec: channels, size and classes to give.
         config: what to do about unreadable images.
-        native: images are used at their own size (no resizing) and held in memory if they fit.
         train: augment.
         seed: of the augmentation.
     """
 
-    def __init__(
-        self, table: Table, spec: ImageSpec, config: DataConfig, native: bool, train: bool = False, seed: int = 0
-    ) -> None:
-        self.config, self.spec, self.native, self.train, self.seed = config, spec, native, train, seed
-        self.skipped = 0
+    def __init__(self, table: Table, spec: ImageSpec, config: DataConfig, train: bool = False, seed: int = 0) -> None:
+        self.config, self.spec, self.train, self.seed = config, spec, train, seed
         number = {name: i for i, name in enumerate(spec.classes)}
-        unknown = sorted(set(table.classes) - set(number))
-        if unknown:
-            raise UserError(
-                f"class {unknown[0]!r} ({table.names[table.classes.index(unknown[0])]}): not known to the model"
-            )
         self.table = table
         self.labels = torch.tensor([number[name] for name in table.classes], dtype=torch.long)
+        self.unreadable = torch.zeros(len(table), dtype=torch.bool).share_memory_()
+        """Images found to be so until now; loader processes note theirs here too."""
+        self.each = augment.per_image(config, spec.image_size, resize=not spec.whole) if train else None
+        self.to_size = augment.for_evaluation(spec)
         self.pixels: UInt8[Tensor, "N C H W"] | None = None
         needed = len(table) * spec.channels * spec.image_size**2
-        if native and config.cache == "auto" and needed <= MEMORY:
+        if spec.whole and config.cache == "auto" and needed <= MEMORY:
             self._hold()
-        self.each = augment.per_image(config, spec.image_size, resize=not native) if train else None
-        self.centre = augment.for_evaluation(spec.image_size)
 
     def _hold(self) -> None:
         """Decode everything once; unreadable images leave the set or end the run."""
@@ -73,7 +68,7 @@ class Images(Dataset):
         self.pixels = pixels[: len(kept)]
 
     def _read(self, index: int) -> UInt8[Tensor, "C H W"] | None:
-        """One decoded image, of the spec's size if native; None for one that is skipped."""
+        """One decoded image, of the spec's size if used whole; None for one that is skipped."""
         try:
             image = decode(self.table.items[index], self.spec.channels)
         except Unreadable as error:
@@ -81,12 +76,19 @@ class Images(Dataset):
                 raise UserError(
                     f"{self.table.names[index]}: unreadable image ({error}); mend it, or --data.on_error skip"
                 ) from error
-            self.skipped += 1
+            self.unreadable[index] = True
             return None
-        size = self.spec.image_size
-        if self.native and image.shape[1:] != (size, size):
-            image = v2.functional.resize(image, [size, size], antialias=True)
-        return image
+        return self.to_size(image) if self.spec.whole else image
+
+    def readable(self) -> Images:
+        """Those not found unreadable until now: what an evaluation that skipped the others has numbered."""
+        if self.pixels is not None or not self.unreadable.any():
+            return self
+        kept = torch.nonzero(~self.unreadable).flatten()
+        images = copy.copy(self)
+        images.table, images.labels = self.table.take(kept.tolist()), self.labels[kept]
+        images.unreadable = torch.zeros(len(kept), dtype=torch.bool)
+        return images
 
     def __len__(self) -> int:
         return len(self.table)
@@ -99,7 +101,7 @@ class Images(Dataset):
         seed = derive_seed(self.seed, *keys[0])
         torch.manual_seed(seed)  # what torchvision's transforms draw from; the training step seeds itself anew
         images, labels = self._fetch(indices, self.each)
-        if self.native:
+        if self.spec.whole:
             padding = self.config.crop_padding
             padding = round(self.spec.image_size / 8) if padding is None else padding
             flip = self.config.dataset != "digits" if self.config.flip is None else self.config.flip
@@ -109,7 +111,7 @@ class Images(Dataset):
 
     def plain(self, indices: list[int]) -> Batch:
         """These images as they are evaluated, without augmentation."""
-        images, labels = self._fetch(indices, self.centre)
+        images, labels = self._fetch(indices, self.to_size)
         return images.float().div_(255), labels
 
     def _fetch(
@@ -122,7 +124,7 @@ class Images(Dataset):
         if not read:
             raise UserError(f"{self.table.names[indices[0]]}: no image of a whole batch can be read")
         images = [image for image, _ in read]
-        if not self.native:
+        if not self.spec.whole:
             images = [resize(image) for image in images]
         return torch.stack(images), self.labels[[i for _, i in read]]
 
@@ -139,36 +141,29 @@ class VisionData(LightningDataModule):
     def __init__(self, config: DataConfig, seed: int = 0, spec: ImageSpec | None = None) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        tables = _split(load_tables(config), config)
-        probe = _probe(tables["train"], config)
-        self.native = probe["native"]
-        self.spec = spec or ImageSpec(
-            probe["channels"],
-            config.image_size or probe["size"],
-            tuple(sorted(set(tables["train"].classes), key=_natural)),
-            (0.5,) * probe["channels"],
-            (0.5,) * probe["channels"],
-        )
-        if spec is not None:
-            self.native = self.native and spec.image_size == probe["size"]
-        self._tables = tables
+        self._tables = _split(load_tables(config), config)
         self._sets: dict[str, Images] = {}
-        if spec is None:
-            self.spec = _with_statistics(self.spec, self.images("train"))
-            for images in self._sets.values():
-                images.spec = self.spec
+        if spec is not None:
+            self.spec = spec
+            _refuse_unknown_classes(self._tables, spec)
+            return
+        self.spec = _probe(self._tables["train"], config)
+        _refuse_unknown_classes(self._tables, self.spec)
+        self.spec = _with_statistics(self.spec, self.images("train"))
+        for images in self._sets.values():
+            images.spec = self.spec
 
     def images(self, split: str) -> Images:
         """The data set of a split."""
         if split not in self._sets:
             table = self._tables[split]
-            self._sets[split] = Images(table, self.spec, self.config, self.native, split == "train", self.seed)
+            self._sets[split] = Images(table, self.spec, self.config, split == "train", self.seed)
         return self._sets[split]
 
     @property
     def skipped(self) -> int:
         """Unreadable images left out so far."""
-        return sum(images.skipped for images in self._sets.values())
+        return sum(int(images.unreadable.sum()) for images in self._sets.values())
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches that continue where training stands."""
@@ -232,24 +227,35 @@ def _limit(limit: int | float | None, batches: int) -> int:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     """Numbers in order of value, before words."""
-    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+    number = int(name) if name.isdecimal() else None
+    return (number is None, number or 0, name)
 
 
-def _probe(table: Table, config: DataConfig, count: int = 256) -> dict[str, Any]:
-    """Channels, side, and whether images are small squares of one size, from the headers of some."""
-    step = max(1, len(table) // count)
-    headers = []
-    for item in table.items[::step]:
+def _refuse_unknown_classes(tables: dict[str, Table], spec: ImageSpec) -> None:
+    """Before anything is trained: every split may only have classes that the model knows."""
+    for table in tables.values():
+        unknown = sorted(set(table.classes) - set(spec.classes))
+        if unknown:
+            name = table.names[table.classes.index(unknown[0])]
+            raise UserError(f"class {unknown[0]!r} ({name}): not known to the model, which learns from train images")
+
+
+def _probe(table: Table, config: DataConfig, count: int = 256) -> ImageSpec:
+    """Channels, size and classes; images are used whole if some of them, by their headers, are small equal squares."""
+    modes, sizes = set(), set()
+    for item in table.items[:: max(1, len(table) // count)]:
         try:
-            headers.append(open_image(item))
+            with open_image(item) as image:
+                modes.add(image.mode)
+                sizes.add(image.size)
         except Unreadable:
             continue  # reported when it is read
-    sizes = {image.size for image in headers}
-    channels = 1 if headers and all(image.mode in ("L", "1", "I;16") for image in headers) else 3
-    size = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
-    small = size[0] == size[1] and size[0] <= 64
-    native = small and config.image_size in (None, size[0])
-    return {"channels": channels, "size": size[0] if native else 224, "native": native}
+    channels = 1 if modes and modes <= set(GREY) else 3
+    width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
+    whole = width == height <= 64 and config.image_size in (None, width)
+    size = width if whole else config.image_size or 224
+    classes = tuple(sorted(set(table.classes), key=_natural))
+    return ImageSpec(channels, size, classes, (0.5,) * channels, (0.5,) * channels, whole)
 
 
 def _with_statistics(spec: ImageSpec, images: Images, count: int = 2000) -> ImageSpec:
@@ -257,7 +263,7 @@ def _with_statistics(spec: ImageSpec, images: Images, count: int = 2000) -> Imag
     indices = list(range(0, len(images), max(1, len(images) // count)))
     pixels = torch.cat([images.plain(indices[i : i + 64])[0] for i in range(0, len(indices), 64)])  # [N, C, H, W]
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-3)
-    return ImageSpec(spec.channels, spec.image_size, spec.classes, tuple(mean.tolist()), tuple(std.tolist()))
+    return dataclasses.replace(spec, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def _split(tables: dict[str, Table], config: DataConfig) -> dict[str, Table]:
@@ -266,20 +272,25 @@ def _split(tables: dict[str, Table], config: DataConfig) -> dict[str, Table]:
     Independent of the run's seed: all runs are measured on the same images.
     """
     tables = dict(tables)
-    for name, share in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if name not in tables:
-            tables["train"], tables[name] = _stratified(tables["train"], share)
+    missing = [name for name in ("test", "val") if name not in tables]
+    counts = Counter(tables["train"].classes)
+    rare = min(counts, key=counts.__getitem__)
+    if counts[rare] <= len(missing):
+        raise UserError(
+            f"class {rare!r}: {counts[rare]} training image(s); at least {len(missing) + 1} are needed where the data "
+            f"has no {' or '.join(missing)} images of its own"
+        )
+    shares = {"test": config.test_fraction, "val": config.val_fraction}
+    for later, name in zip(reversed(range(len(missing))), missing, strict=True):
+        tables["train"], tables[name] = _stratified(tables["train"], shares[name], leave=1 + later)
     return tables
 
 
-def _stratified(table: Table, share: float) -> tuple[Table, Table]:
-    """(the rest, a share of every class), always the same."""
+def _stratified(table: Table, share: float, leave: int) -> tuple[Table, Table]:
+    """(the rest, a share of every class), always the same; at least one of a class is taken and `leave` are left."""
     counts = Counter(table.classes)
-    rare = min(counts, key=counts.__getitem__)
-    if counts[rare] < 3:
-        raise UserError(f"class {rare!r}: {counts[rare]} image(s); at least 3 are needed to train, validate and test")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(17)).tolist()
-    wanted = {name: max(1, round(share * count)) for name, count in counts.items()}
+    wanted = {name: max(1, min(round(share * count), count - leave)) for name, count in counts.items()}
     held: list[int] = []
     for i in order:
         if wanted[table.classes[i]] > 0:

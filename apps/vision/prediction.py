@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from apps.errors import UserError
 from apps.progress import track
@@ -56,21 +55,15 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.exists():
         raise UserError(f"input={source}: no such file or folder")
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"input={source}: no images in it ({' '.join(sorted(SUFFIXES))})")
     return files
 
 
 def read_image(file: Path, spec: ImageSpec) -> Float[Tensor, "C S S"]:
-    """An image as the model takes it: at its own size if that fits, else resized and centre-cropped."""
-    pixels = decode(file, spec.channels)
-    size = spec.image_size
-    if pixels.shape[1] == pixels.shape[2] or size <= 64:
-        pixels = functional.resize(pixels, [size, size], antialias=True) if pixels.shape[1:] != (size, size) else pixels
-    else:
-        pixels = for_evaluation(size)(pixels)
-    return pixels.float() / 255
+    """An image as the model takes it, the same as in its evaluation."""
+    return for_evaluation(spec)(decode(file, spec.channels)).float() / 255
 
 
 @torch.no_grad()

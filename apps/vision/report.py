@@ -50,7 +50,7 @@ def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, pat
     if evaluation.routing:
         _specialisation(page, evaluation)
         _classes(page, evaluation, data)
-        _samples(page, trained, evaluation, data.images("test"))
+        _samples(page, trained, evaluation, data.images("test").readable())
         _load(page, evaluation, curves)
     _errors(page, evaluation, data)
     _figures(page, {k: v for k, v in scalars.items() if "/" not in k} | cost.scalars())
@@ -188,7 +188,7 @@ def _errors(page: Page, evaluation: Evaluation, data: VisionData) -> None:
         worst = wrong[confidence[wrong].argsort(descending=True)][:16].tolist()
         names = data.spec.classes
         captions = [f"{names[evaluation.labels[i]]}\n→ {names[predicted[i]]} {confidence[i]:.0%}" for i in worst]
-        grid = pictures.image_grid(data.images("test"), worst, captions)
+        grid = pictures.image_grid(data.images("test").readable(), worst, captions)
         section.figure(grid, "The most confident mistakes: true class, then the prediction.", photo=True)
     else:
         section.text("No test image was classified wrongly.")

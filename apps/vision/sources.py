@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import lzma
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 Member = tuple[PurePosixPath, "bytes | Path"]
 """Path within the data, and the image itself or where it is."""
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+GREY = ("1", "L", "I;16", "I;16B", "I")
+"""Pillow's modes of one channel; the last three hold 16 bits."""
 
 
 @dataclass
@@ -65,12 +69,21 @@ def open_image(item: bytes | Path | np.ndarray) -> Image.Image:
 def decode(item: bytes | Path | np.ndarray, channels: int) -> UInt8[Tensor, "C H W"]:
     """Pixels of one image as uint8 [C, H, W], in grey (1) or RGB (3)."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open_image(item) as image:
             warnings.simplefilter("ignore")  # Pillow on odd metadata; the pixels are what counts
-            pixels = np.asarray(open_image(item).convert("L" if channels == 1 else "RGB"))
+            pixels = np.asarray(_eight_bits(image).convert("L" if channels == 1 else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unreadable(str(error).split(" <")[0]) from error
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow's own conversion would cut everything above 255 to white."""
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels have no known range; save them as 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
 
 
 def load_tables(config: DataConfig) -> dict[str, Table]:
@@ -183,7 +196,7 @@ def _members(archive: Path) -> Iterator[Member]:
             for member in file:
                 if member.isfile() and _is_image(PurePosixPath(member.name)):
                     yield PurePosixPath(member.name), file.extractfile(member).read()
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise UserError(f"data.root={archive}: not a readable archive ({error})") from error
 
 

@@ -24,6 +24,8 @@ class ImageSpec:
     mean: tuple[float, ...]
     """Per channel, of pixels in [0, 1]."""
     std: tuple[float, ...]
+    whole: bool = True
+    """Trained on whole images, resized to the size if need be, rather than on random crops of larger ones."""
 
     @classmethod
     def from_dict(cls, values: dict) -> ImageSpec:
