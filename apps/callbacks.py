@@ -23,8 +23,13 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write atomically."""
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(full := error.__context__, OSError):  # torch's own message would not tell
+                    raise OSError(full.errno, full.strerror, str(path)) from None
+                raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
         """Load plain data only."""
@@ -105,16 +110,29 @@ class StopOnNaN(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        """With fp16 check the loss: its scaler raises the gradients until they overflow, and skips those steps."""
+        if _scales_loss(trainer):
+            self._check(trainer, loss)
+
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        """Check the gradients; they are NaN wherever the loss is."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
+        """Otherwise check the gradients; they are NaN wherever the loss is."""
+        if not _scales_loss(trainer):
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            self._check(trainer, torch.nn.utils.get_total_norm(grads))
+
+    def _check(self, trainer: Trainer, value: Tensor) -> None:
+        if not torch.isfinite(value):
             file = self.folder / LAST
             kept = f"the last good checkpoint is {file}" if file.is_file() else "no checkpoint had been written yet"
             raise UserError(
-                f"step {trainer.global_step}: loss or gradients are {'NaN' if torch.isnan(norm) else 'infinite'}; "
+                f"step {trainer.global_step}: loss or gradients are {'NaN' if torch.isnan(value) else 'infinite'}; "
                 f"training stopped, {kept}; try a lower --optim.lr"
             )
+
+
+def _scales_loss(trainer: Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 class AveragedWeights(EMAWeightAveraging):

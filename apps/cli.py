@@ -12,7 +12,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from apps import tree
 from apps.errors import ConfigError, UserError
+from apps.settings import RunConfig
 from apps.verbs import VERBS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -64,7 +65,8 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        return _fail(f"disk: {error.strerror} while writing {error.filename or 'results'}; good files were kept")
+        file = error.filename or "results"
+        return _fail(f"disk: {error.strerror} while writing {file}; free some space, files written before are good")
     except KeyboardInterrupt:
         print("\ninterrupted; `--ckpt_path last` continues a training run", file=sys.stderr)
         return 130
@@ -85,14 +87,35 @@ def _run(app: App, argv: list[str]) -> None:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
         raise UserError(f"verb={verb!r}: {hint}")
     parser = make_parser(app, verb)
-    base = None if {"-h", "--help"} & set(rest) else _stored_settings(app, verb, rest)
-    if base:
-        parser.set_defaults(tree.flatten(base))
-    namespace = parser.parse_args(rest)
-    sources = [str(path) for path in (namespace.pop("config", None) or [])]
-    settings = tree.build(app.config, namespace)
-    args = tree.build(VERBS[verb], namespace)
-    app.call(verb, settings, args, sources[-1] if sources else None)
+    values = _parse(parser, rest)
+    checkpoint = _checkpoint(app, verb, values)
+    if checkpoint is not None:  # the settings kept in it, on which files and flags go
+        from apps.runs import load_checkpoint
+
+        stored = tree.restore(app.config, load_checkpoint(checkpoint, app.name)["config"])
+        parser.set_defaults(tree.flatten(tree.plain(stored)))
+        values = _parse(parser, rest) | {"ckpt_path": str(checkpoint)}
+    source = str(values["config"][-1]) if values["config"] else None
+    app.call(verb, tree.build(app.config, values), tree.build(VERBS[verb], values), source)
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    try:
+        return parser.parse_args(argv).as_dict()
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: not a text file ({error.reason})") from error
+
+
+def _checkpoint(app: App, verb: str, values: Mapping[str, Any]) -> Path | None:
+    """The file that `--ckpt_path` means; `last` is the newest run of the name that flags or file give, or of any."""
+    spec, files = values.get("ckpt_path"), values["config"]
+    if spec is None or (verb == "train" and spec == "last"):  # what training resumes is found by its own settings
+        return None
+    from apps.runs import Runs
+
+    run = tree.build(RunConfig, values["run"], "run.")
+    name = run.name or (Path(str(files[-1])).stem if files else None)
+    return Runs(run.root, app.name).checkpoint(spec, name, resume=verb == "train")
 
 
 def make_parser(app: App, verb: str) -> ArgumentParser:
@@ -118,35 +141,8 @@ def _first_line(obj: object) -> str:
     return (obj.__doc__ or "").strip().splitlines()[0]
 
 
-def _stored_settings(app: App, verb: str, argv: list[str]) -> dict[str, Any] | None:
-    """Settings kept in the checkpoint that `--ckpt_path` names, on which files and flags go."""
-    spec = _peek(argv, "--ckpt_path")
-    if spec is None:
-        return None
-    from apps.runs import Runs, load_checkpoint
-
-    config = _peek(argv, "--config", "-c")
-    name = _peek(argv, "--run.name") or (Path(config).stem if config else None)
-    runs = Runs(_peek(argv, "--run.root") or "runs", app.name)
-    if verb == "train" and spec == "last":
-        return None  # the command itself says everything; what it resumes is found by its name
-    return load_checkpoint(runs.checkpoint(spec, name, resume=verb == "train"), app.name)["config"]
-
-
-def _peek(argv: list[str], *flags: str) -> str | None:
-    """The last value of a flag, before anything is parsed."""
-    value = None
-    for i, arg in enumerate(argv):
-        for flag in flags:
-            if arg == flag and i + 1 < len(argv):
-                value = argv[i + 1]
-            elif arg.startswith(f"{flag}="):
-                value = arg[len(flag) + 1 :]
-    return value
-
-
 _WRONG_TYPE = re.compile(r'(?:Parser key|Key) "(?P<key>[\w.]+)":?\s*(?P<why>.*)', re.S)
-_UNKNOWN_KEY = re.compile(r"(?:Key|key) [\"'](?P<key>[\w.]+)[\"'] is not expected")
+_UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[\w.]+)'")
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:
@@ -158,14 +154,23 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         return f"{flag}: unknown setting{_suggest(flag.split('=')[0], known)}"
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:
-        return f"{unknown['key']}: unknown setting{_suggest('--' + unknown['key'], known)}"
+        key = f"{unknown['group']}.{unknown['key']}" if unknown["group"] else unknown["key"]
+        return f"{key}: unknown setting{_suggest('--' + key, known)}"
     wrong = _WRONG_TYPE.search(message)
     if wrong:
-        why = " ".join(wrong["why"].split())
-        value = re.search(r"Got value: (.*?)(?:;|$)", why)
-        expected = re.sub(r"<class '([\w.]+)'>", r"\1", why.split(" Got value:")[0]).removesuffix(".")
-        return f"{wrong['key']}={value[1] if value else '?'}: {expected[:1].lower()}{expected[1:]}"
+        return _wrong_type(wrong["key"], " ".join(wrong["why"].split()))
+    if message.startswith("Unexpected config"):
+        return "config: must be a YAML file of settings by their names"
     return message
+
+
+def _wrong_type(key: str, why: str) -> str:
+    value = re.search(r"Got value: (.*?)(?:;|$)|Given value: (.*)$", why)
+    options = re.findall(r"- Expected (.*?)(?= - Expected | Given value )", why)  # one for each type of a union
+    expected = f"expected {' or '.join(options)}" if options else why.split(" Got value:")[0].removesuffix(".")
+    expected = re.sub(r"an? typing\.Literal\[(.*?)\]", r"one of \1", expected)
+    expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
+    return f"{key}={value[1] or value[2]}: {expected[:1].lower()}{expected[1:]}" if value else f"{key}: {expected}"
 
 
 def _suggest(flag: str, known: list[str]) -> str:

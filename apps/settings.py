@@ -22,7 +22,7 @@ class TrainerConfig:
     """Lightning strategy, e.g. ddp."""
     precision: str = "auto"
     """32-true, bf16-mixed, 16-mixed, ...; auto is bf16-mixed on GPUs that have it, else 32-true."""
-    max_epochs: int = 10
+    max_epochs: int = 40
     """Passes over the training data."""
     max_steps: int = -1
     """Stop after this many optimiser steps; -1: no limit."""
@@ -58,7 +58,12 @@ class TrainerConfig:
     """Share batch statistics between devices."""
 
     def __post_init__(self) -> None:
-        require(self.max_epochs >= -1, "max_epochs", self.max_epochs, "must be at least 1 (or -1: no limit)")
+        for name in ("max_epochs", "max_steps"):
+            limit = getattr(self, name)
+            require(limit >= 1 or limit == -1, name, limit, "must be at least 1 (or -1: no limit)")
+        for name in ("limit_train_batches", "val_check_interval"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive, or null")
         require(
             self.accumulate_grad_batches >= 1, "accumulate_grad_batches", self.accumulate_grad_batches, "at least 1"
         )
@@ -71,8 +76,8 @@ class TrainerConfig:
 class OptimConfig:
     """AdamW with linear warm-up and a cosine to zero."""
 
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; null: what suits the model."""
     weight_decay: float = 0.05
     """On matrices only: not on biases, norms and embeddings."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -81,11 +86,11 @@ class OptimConfig:
     """Share of all steps spent warming up (below 1), or a number of steps."""
     min_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
-    ema_decay: float | None = None
+    ema_decay: float | None = 0.99
     """Average the weights with this decay; the average is what is evaluated and saved. null: off."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "must be positive")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "must be positive, or null")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
         require(self.warmup >= 0, "warmup", self.warmup, "must not be negative")

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,8 +31,9 @@ from apps.callbacks import (
 from apps.curves import CurveLogger
 from apps.errors import UserError
 from apps.progress import Progress
-from apps.runs import load_plain
+from apps.runs import Runs, load_plain
 from apps.settings import OptimConfig, RunConfig, TrainerConfig
+from moecore.errors import require
 from moecore.files import write_atomic
 
 
@@ -40,13 +42,18 @@ def prepare_process(run: RunConfig) -> None:
     torch.set_num_threads(run.threads)
     torch.manual_seed(run.seed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*treespec.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in ("does not have many workers", "smaller than the logging interval", "treespec", "is not empty"):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 def save_settings(config: object, folder: Path) -> None:
     """`config.yaml`, which `-c` reads back."""
     write_atomic(folder / "config.yaml", yaml.safe_dump(tree.plain(config), sort_keys=False))
+
+
+def new_folder(runs: Runs, name: str) -> Path:
+    """A new run folder, made once however many processes train together: only the first of them writes there."""
+    return runs.create(name) if rank_zero_only.rank == 0 else runs.folder / name
 
 
 def make_trainer(
@@ -70,17 +77,17 @@ def make_trainer(
         extra: further callbacks.
     """
     checkpoints = folder / "checkpoints"
-    callbacks: list[Callback] = [
-        StepSeeds(run.seed),
-        RoutingMonitor(),
-        StopOnNaN(checkpoints),
-        ResumePoints(checkpoints, run.checkpoint_every),
-        BestCheckpoint(checkpoints, monitor, mode),
-    ]
+    callbacks: list[Callback] = [StepSeeds(run.seed), RoutingMonitor(), StopOnNaN(checkpoints)]
     if optim.ema_decay is not None:
         callbacks.append(AveragedWeights(optim.ema_decay))
-    if run.early_stop.patience is not None:
-        stop = run.early_stop
+    # After all that change with a batch: what is saved is the state that the next batch finds.
+    callbacks.append(ResumePoints(checkpoints, run.checkpoint_every))
+    validates = trainer.limit_val_batches != 0
+    if validates:
+        callbacks.append(BestCheckpoint(checkpoints, monitor, mode))
+    stop = run.early_stop
+    if stop.patience is not None:
+        require(validates, "run.early_stop.patience", stop.patience, "needs trainer.limit_val_batches above 0")
         callbacks.append(EarlyStopping(monitor, stop.min_delta, stop.patience, mode=mode))
     if trainer.enable_progress_bar:
         callbacks.append(Progress())
@@ -92,17 +99,12 @@ def make_trainer(
             default_root_dir=folder,
             callbacks=callbacks,
             plugins=[CheckpointFiles()],
-            logger=[CurveLogger(folder, run_every(trainer)), TensorBoardLogger(folder, name="", version="tensorboard")],
+            logger=[CurveLogger(folder), TensorBoardLogger(folder, name="", version="tensorboard")],
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
     except Exception as error:  # Lightning's complaints about its arguments, of many types
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
-
-
-def run_every(trainer: TrainerConfig) -> int:
-    """Log rows between writes of metrics.csv: about every hundred steps."""
-    return max(1, 100 // trainer.log_every_n_steps)
 
 
 def _precision(trainer: TrainerConfig) -> str:
@@ -112,13 +114,14 @@ def _precision(trainer: TrainerConfig) -> str:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int) -> dict[str, Any]:
+def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int, default_lr: float) -> dict[str, Any]:
     """AdamW with warm-up and cosine, as Lightning's `configure_optimizers` returns it.
 
     Args:
         module: whose parameters; vectors, embeddings and class tokens are not decayed.
         optim: its settings.
         steps: of the whole training.
+        default_lr: peak learning rate where the settings leave it open.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.dim() < 2 or "pos_embed" in name or "token" in name or name.endswith("bias")]
@@ -127,7 +130,8 @@ def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int) -> dict[st
         {"params": [p for _, p in named if id(p) not in ids], "weight_decay": optim.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas))
+    lr = default_lr if optim.lr is None else optim.lr
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(optim.betas))
     warmup = optim.warmup * steps if optim.warmup < 1 else optim.warmup
 
     def factor(step: int) -> float:
@@ -139,6 +143,33 @@ def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int) -> dict[st
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
+def count_steps(trainer: Trainer, batches: int) -> int:
+    """Optimiser steps of the whole training.
+
+    Lightning's own estimate would create the training iterator before the position to resume at is known.
+
+    Args:
+        trainer: its limits.
+        batches: per epoch and process.
+
+    Raises:
+        UserError: if there is nothing to train on, or no end.
+    """
+    every = trainer.val_check_interval
+    if batches < 1:
+        raise UserError(
+            "data: not one training batch per epoch and process; raise trainer.limit_train_batches, or "
+            "lower data.batch_size or trainer.devices"
+        )
+    if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > batches:
+        raise UserError(f"trainer.val_check_interval={every}: an epoch has only {batches} batches")
+    steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+    limits = [limit for limit in (steps, trainer.max_steps) if limit > 0]
+    if not limits:
+        raise UserError("trainer.max_epochs=-1: give trainer.max_steps, over which the learning rate can fall")
+    return min(limits)
+
+
 def fit(
     trainer: Trainer,
     task: LightningModule,
@@ -147,14 +178,22 @@ def fit(
     config: object,
     resume: Path | None,
 ) -> None:
-    """Train from the start, or on from a checkpoint, in a run folder that then holds the settings."""
-    save_settings(config, folder)
+    """Train from the start, or on from a checkpoint, in a run folder that then holds the settings.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C and SIGTERM.
+    """
+    if trainer.is_global_zero:
+        save_settings(config, folder)
     if resume is not None:
         step = load_plain(resume)["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CurveLogger):
                 logger.continue_from(step)
-    trainer.fit(task, data, ckpt_path=resume)
+    try:
+        trainer.fit(task, data, ckpt_path=resume)
+    except SystemExit as leave:  # Lightning's end at Ctrl-C and SIGTERM, with exit code 0 for the latter
+        raise KeyboardInterrupt from leave
 
 
 def check_fits(state: dict[str, torch.Tensor], module: nn.Module, path: Path) -> None:

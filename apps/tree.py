@@ -21,6 +21,8 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     Raises:
         ConfigError: from the dataclass's own checks, naming the whole dotted field.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(prefix.rstrip("."), values, "is a section; give its settings")
     hints = typing.get_type_hints(cls)
     parts = {}
     for field in dataclasses.fields(cls):

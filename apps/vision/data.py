@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from apps.errors import UserError
 from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed
 from apps.progress import track
+from apps.training import count_steps
 from apps.vision import augment
 from apps.vision.models.vimoe import ImageSpec
 from apps.vision.settings import DataConfig
@@ -44,14 +45,16 @@ class Images(Dataset):
         number = {name: i for i, name in enumerate(spec.classes)}
         self.table = table
         self.labels = torch.tensor([number[name] for name in table.classes], dtype=torch.long)
-        self.unreadable = torch.zeros(len(table), dtype=torch.bool).share_memory_()
-        """Images found to be so until now; loader processes note theirs here too."""
+        self.unreadable = torch.zeros(len(table), dtype=torch.bool)
+        """Images found to be so until now."""
         self.each = augment.per_image(config, spec.image_size, resize=not spec.whole) if train else None
         self.to_size = augment.for_evaluation(spec)
         self.pixels: UInt8[Tensor, "N C H W"] | None = None
         needed = len(table) * spec.channels * spec.image_size**2
         if spec.whole and config.cache == "auto" and needed <= MEMORY:
             self._hold()
+        else:
+            self.unreadable.share_memory_()  # loader processes note theirs here
 
     def _hold(self) -> None:
         """Decode everything once; unreadable images leave the set or end the run."""
@@ -184,14 +187,8 @@ class VisionData(LightningDataModule):
         return batches
 
     def training_steps(self) -> int:
-        """Optimiser steps of the whole training.
-
-        Lightning's own estimate would create the training iterator before the position to resume at is known.
-        """
-        trainer = self.trainer
-        per_epoch = -(-len(self._batches()) // trainer.accumulate_grad_batches)
-        steps = per_epoch * trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else trainer.max_steps
-        return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+        """Optimiser steps of the whole training."""
+        return count_steps(self.trainer, len(self._batches()))
 
     def val_dataloader(self) -> DataLoader:
         """Validation images in order."""

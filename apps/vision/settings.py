@@ -82,7 +82,7 @@ class DataConfig:
     """RandAugment strength, 0 to 30."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle."""
-    mixup: float = 0.0
+    mixup: float = 0.2
     """Beta parameter of mixup; 0: none."""
     cutmix: float = 0.0
     """Beta parameter of cutmix; 0: none. With both, each batch takes one of them."""

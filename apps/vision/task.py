@@ -66,7 +66,8 @@ class ViMoETask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the whole training."""
-        return make_optimizer(self, self.config.optim, self.trainer.datamodule.training_steps())
+        lr = 2e-3 if self.config.model.pretrained is None else 2e-4
+        return make_optimizer(self, self.config.optim, self.trainer.datamodule.training_steps(), lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Settings and image spec as plain data."""

@@ -22,14 +22,17 @@ def train(config: VisionConfig, args: Train, source: str | None) -> None:
     name = config.run.name or (Path(source).stem if source else config.data.dataset)
     resume = runs.checkpoint(args.ckpt_path, name, resume=True) if args.ckpt_path else None
     data = VisionData(config.data, config.run.seed)
+    for split in ("val", "test"):
+        data.images(split)  # where images are held in memory, unreadable ones are found before training
     task = ViMoETask(config, data.spec)
     if resume:
         training.check_fits(load_checkpoint(resume, "vision")["state_dict"], task, resume)
-    folder = run_folder(resume) if resume else runs.create(name)
+    folder = run_folder(resume) if resume else training.new_folder(runs, name)
     trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/accuracy", "max")
-    print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
+    if trainer.is_global_zero:
+        print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
     training.fit(trainer, task, data, folder, config, resume)
-    if trainer.global_rank == 0:
+    if trainer.is_global_zero:
         _finish(config, args, folder, data)
 
 
@@ -58,7 +61,7 @@ def _figures(trained: Trained, evaluation: Evaluation, data: VisionData) -> dict
 def evaluate(config: VisionConfig, args: Evaluate, source: str | None) -> None:
     """Measure on the test images of the configured data."""
     training.prepare_process(config.run)
-    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
     evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
     figures = _figures(trained, evaluation, data)
@@ -71,7 +74,7 @@ def predict(config: VisionConfig, args: Predict, source: str | None) -> None:
     from apps.vision.prediction import predict_images
 
     training.prepare_process(config.run)
-    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    trained = load_trained(Path(args.ckpt_path), config)
     rows, skipped = predict_images(trained.model, Path(args.input), config.data)
     path = output.write_rows(args.output, rows)
     print(f"{len(rows)} predictions: {path}" + (f" ({skipped} unreadable images skipped)" if skipped else ""))
@@ -82,7 +85,7 @@ def report(config: VisionConfig, args: Report, source: str | None) -> None:
     from apps.vision.report import write_report
 
     training.prepare_process(config.run)
-    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
     evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
     target = Path(args.output) if args.output else run_folder(trained.path) / "report.html"
@@ -94,7 +97,7 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
     from apps.vision.deploy import export_onnx
 
     training.prepare_process(config.run)
-    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config)
+    trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
     target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
     figures = export_onnx(trained, data, target)
@@ -107,7 +110,7 @@ def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None
     from apps.vision.benchmark import run_benchmark
 
     training.prepare_process(config.run)
-    trained = load_trained(_checkpoint(config, args.ckpt_path, source), config) if args.ckpt_path else None
+    trained = load_trained(Path(args.ckpt_path), config) if args.ckpt_path else None
     rows = run_benchmark(config, trained, args.batch_sizes, args.rounds)
     output.show_table("benchmark: MoE beside the dense twin of equal active multiply-adds", rows)
     output.write_json(args.json, rows)
@@ -119,8 +122,3 @@ def search(config: VisionConfig, args: Search, source: str | None) -> None:
 
     name = config.run.name or (Path(source).stem if source else config.data.dataset)
     run_search("vision", config, args, "apps.vision.trial:objective", name, direction="maximize")
-
-
-def _checkpoint(config: VisionConfig, spec: str, source: str | None) -> Path:
-    name = config.run.name if spec != "last" else (Path(source).stem if source else None)
-    return Runs(config.run.root, "vision").checkpoint(spec, name)

@@ -28,6 +28,10 @@ class Timing:
     """Upper quartile."""
 
 
+SLOW, SLOW_ROUNDS = 5.0, 3
+"""A contender that takes so many times the base's time is measured in so many rounds only."""
+
+
 def interleave(
     contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, device: str = "cpu"
 ) -> dict[str, Timing]:
@@ -35,27 +39,33 @@ def interleave(
 
     Args:
         contenders: name -> function; the first is the base of all ratios.
-        rounds: counted rounds.
+        rounds: counted rounds; contenders far slower than the base take part in the first few only.
         warmup: rounds before.
         device: "cpu" measures process CPU time (of all threads), anything else wall time after a synchronisation.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    base = seconds[next(iter(contenders))]
     enabled = gc.isenabled()
     gc.disable()  # a collection in somebody's turn would be his bad luck
     try:
-        for number in range(warmup + rounds):
+        for number in range(-warmup, rounds):
+            if number == SLOW_ROUNDS:
+                contenders = {name: call for name, call in contenders.items() if seconds[name][-1] <= SLOW * base[-1]}
             for name, call in contenders.items():
-                started = _clock(device)
-                call()
-                elapsed = _clock(device) - started
-                if number >= warmup:
+                elapsed = _timed(call, device)
+                if number >= 0:
                     seconds[name].append(elapsed)
             gc.collect(0)
     finally:
         if enabled:
             gc.enable()
-    base = next(iter(seconds.values()))
-    return {name: _timing(own, base) for name, own in seconds.items()}
+    return {name: _timing(own, base[: len(own)]) for name, own in seconds.items()}
+
+
+def _timed(call: Callable[[], object], device: str) -> float:
+    started = _clock(device)
+    call()
+    return _clock(device) - started
 
 
 def _timing(own: list[float], base: list[float]) -> Timing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,15 @@ class ConvStem(nn.Module):
         super().__init__()
         halvings = _halvings(patch_size)
         require(halvings > 0, "model.patch_size", patch_size, "must be 2, 4, 8, ... for a conv stem; or use stem=patch")
-        widths = [max(8, embed_dim >> i) for i in reversed(range(halvings))]
+        steps = [(embed_dim >> i, 2) for i in reversed(range(halvings))]  # width and stride of each convolution
+        if len(steps) == 1:
+            steps.insert(0, (embed_dim // 2, 1))  # one convolution alone would be little more than a patch projection
         layers: list[nn.Module] = []
-        for before, after in pairwise([in_chans, *widths]):
-            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
-        self.net = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+        before = in_chans
+        for width, stride in ((max(8, width), stride) for width, stride in steps):
+            layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
+            before = width
+        self.net = nn.Sequential(*layers, nn.Conv2d(before, embed_dim, 1))
         self.patch_size, self.img_size = (patch_size, patch_size), (img_size, img_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -63,6 +66,7 @@ def make_backbone(config: ModelConfig, channels: int, image_size: int, num_class
     Raises:
         ConfigError: for a name that is no ViT, or sizes that do not fit.
     """
+    _check_numbers(config)
     given = {"patch_size": config.patch_size, "embed_dim": config.embed_dim, "depth": config.depth}
     given |= {"num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
     options = {name: value for name, value in given.items() if value is not None}
@@ -108,6 +112,14 @@ def fitting_patch(image_size: int) -> int:
     divisors = [p for p in range(1, image_size // 2 + 1) if image_size % p == 0]
     # The nearest by ratio; of equals the power of two, which a convolutional stem can make.
     return min(divisors, key=lambda p: (abs(math.log2(p / wanted)) - 0.5 * (_halvings(p) > 0), p))
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+        value = getattr(config, name)
+        require(value is None or value > 0, f"model.{name}", value, "must be positive, or null for the backbone's own")
+    for name in ("drop_rate", "drop_path_rate"):
+        require(0 <= getattr(config, name) < 1, f"model.{name}", getattr(config, name), "must lie in [0, 1)")
 
 
 def _check_sizes(sizes: dict[str, Any], image_size: int) -> None:
