@@ -38,7 +38,7 @@ def load_over_time(layers: Mapping[str, tuple[Sequence[float], np.ndarray]]) -> 
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat
-    for axes, (name, (steps, shares)) in zip(grid, layers.items(), strict=False):
+    for (name, (steps, shares)), axes in zip(layers.items(), grid, strict=False):
         colors = [expert_color(e) for e in range(shares.shape[1])]
         axes.stackplot(steps, shares.T, colors=colors, linewidth=0.4, edgecolor="white")
         axes.set_title(name, loc="left", fontsize=10)

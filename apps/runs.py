@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,18 +79,27 @@ def run_folder(checkpoint: Path) -> Path:
 def load_plain(path: str | Path) -> Any:
     """`torch.load` that refuses anything but tensors and plain data."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+    except Exception as error:  # a damaged file can raise anything
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(Path(path), error):
             raise UserError(
                 f"{path}: refused, it holds pickled objects that would run code; "
                 "save tensors and plain data only (a state_dict, or safetensors)"
             ) from None
-        raise UserError(f"{path}: not a checkpoint (or damaged)") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint, or damaged ({str(error).splitlines()[0]})") from None
+        kind = "weights alone; --model.pretrained takes them" if Path(path).suffix == ".safetensors" else "damaged"
+        raise UserError(f"{path}: not a checkpoint, or {kind}") from None
+
+
+def _is_pickle(path: Path, error: pickle.UnpicklingError) -> bool:
+    """Whether torch stopped at something that is no plain data, rather than at something that is no pickle."""
+    if "GLOBAL" in str(error) or "allowlisted" in str(error):
+        return True
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 def load_checkpoint(path: Path, app: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import multiprocessing
 import time
@@ -21,6 +22,7 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from apps import output, training, tree
+from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
 from apps.runs import Runs
 from apps.verbs import Search
@@ -60,7 +62,7 @@ def run_search(app: str, config: Any, args: Search, objective: str, name: str, d
         direction: "maximize" or "minimize".
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = load_space(args.space or f"configs/{app}/space.yaml", config)
+    space = load_space(args.space or f"configs/{app}/space.yaml", app)
     folder = Runs(config.run.root, app).folder / f"search-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     storage = args.storage or str(folder / "study.log")
@@ -132,8 +134,9 @@ def _run_trial(job: Job, objective: Objective, trial: Trial) -> float:
         if trial.should_prune():
             raise optuna.TrialPruned(f"behind the median at step {step}")
 
+    values = suggest(trial, job.space)
     try:
-        config = tree.changed(job.config, suggest(trial, job.space))
+        config = tree.changed(job.config, values)
         value = objective(config, Path(job.folder) / f"trial-{trial.number}", report)
     except (ConfigError, UserError) as error:  # settings that do not work are a result, not the end of the search
         print(f"trial {trial.number}: {error}", flush=True)
@@ -148,8 +151,8 @@ def _say_pruned(study: optuna.Study, trial: FrozenTrial) -> None:
         print(f"trial {trial.number}: pruned, {trial.params}", flush=True)
 
 
-def load_space(path: str | Path, config: Any) -> Space:
-    """Read and check a search space: dotted setting -> distribution.
+def load_space(path: str | Path, app: str) -> Space:
+    """Read and check a search space: dotted setting of the app -> distribution.
 
     A distribution is `{choices: [...]}`, or `{low: a, high: b}` with optional `log: true` and `step: s`; whole
     numbers give whole numbers.
@@ -162,11 +165,13 @@ def load_space(path: str | Path, config: Any) -> Space:
         raise UserError(
             f"space={path}: must map settings such as optim.lr to {{low: ..., high: ...}} or {{choices: [...]}}"
         )
+    parser = make_parser(importlib.import_module(f"apps.{app}").APP, "train")
     for name, spec in space.items():
-        tree.lookup(config, name)
         keys = set(spec) if isinstance(spec, dict) else set()
         if not (keys == {"choices"} or {"low", "high"} <= keys <= {"low", "high", "log", "step"}):
             raise UserError(f"space: {name}: give choices, or low and high (with log or step)")
+        for value in spec.get("choices") or (spec["low"], spec["high"]):
+            parser.parse_args([f"--{name}={json.dumps(value)}"])  # the setting must exist and take such values
     return space
 
 
@@ -176,6 +181,13 @@ def suggest(trial: Trial, space: Space) -> dict[str, Any]:
 
 
 def _suggest(trial: Trial, name: str, spec: dict[str, Any]) -> Any:
+    try:
+        return _draw(trial, name, spec)
+    except ValueError as error:  # a range that is none, or choices that differ from those of the study's other trials
+        raise UserError(f"space: {name}: {error} (a changed space may need another --study)") from error
+
+
+def _draw(trial: Trial, name: str, spec: dict[str, Any]) -> Any:
     if "choices" in spec:
         # Only scalars can be stored as choices; lists and dictionaries go by what they look like.
         return trial.suggest_categorical(name, [c if _is_scalar(c) else str(c) for c in spec["choices"]])

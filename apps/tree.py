@@ -83,23 +83,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_MISSING = object()
-
-
-def lookup(config: object, name: str) -> Any:
-    """The value of a dotted setting.
-
-    Raises:
-        UserError: if there is none.
-    """
-    value = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else getattr(value, part, _MISSING)
-        if value is _MISSING:
-            raise UserError(f"{name}: no such setting")
-    return value
-
-
 def changed(config: Any, values: Mapping[str, Any]) -> Any:
     """A copy of the settings with dotted names replaced; all checks run again."""
     tree = dataclasses.asdict(config)

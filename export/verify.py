@@ -78,10 +78,11 @@ def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Com
         scales.append(float(np.abs(expected).max()))
         agree += int((ours.argmax(-1) == expected.argmax(-1)).sum())
         count += len(batch)
+    worst = float(np.max(errors))  # of numpy, which lets NaN win
     return Comparison(
         count,
-        max(errors),
-        max(errors) / max(*scales, 1e-12),
+        worst,
+        worst / max(*scales, 1e-12),
         agree / count,
         1e3 * float(np.median(times["onnx"])),
         1e3 * float(np.median(times["torch"])),

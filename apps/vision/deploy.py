@@ -12,6 +12,7 @@ from export.onnx import ExportError
 from export.onnx import export_onnx as write_onnx
 from export.verify import TOLERANCE, compare_onnx
 from moecore import __version__
+from moecore.files import atomic_path
 
 
 def export_onnx(trained: Trained, data: VisionData, path: Path) -> dict[str, float]:
@@ -26,7 +27,7 @@ def export_onnx(trained: Trained, data: VisionData, path: Path) -> dict[str, flo
         The comparison's figures.
 
     Raises:
-        UserError: if the model has no ONNX form, or its outputs differ; the file is then removed.
+        UserError: if the model has no ONNX form, or its outputs differ; a file from before then stays as it is.
     """
     model = copy.deepcopy(trained.model).cpu().eval()
     images = model.images
@@ -36,15 +37,15 @@ def export_onnx(trained: Trained, data: VisionData, path: Path) -> dict[str, flo
         "input": f"[batch, {images.channels}, {images.image_size}, {images.image_size}], pixels in [0, 1]",
         "moecore_version": __version__,
     }
-    try:
-        write_onnx(model, model.example_input(2), path, "images", "scores", metadata)
-    except ExportError as error:
-        raise UserError(f"export: {error}") from error
-    comparison = compare_onnx(model, path, (batch for batch, _ in data.test_dataloader()))
-    if not comparison.passed:
-        path.unlink()
-        raise UserError(
-            f"export: outputs differ from PyTorch by {comparison.max_relative_error:.2g} of their range, "
-            f"more than {TOLERANCE}; no file was kept"
-        )
+    with atomic_path(path) as temporary:
+        try:
+            write_onnx(model, model.example_input(2), temporary, "images", "scores", metadata)
+        except ExportError as error:
+            raise UserError(f"export: {error}") from error
+        comparison = compare_onnx(model, temporary, (batch for batch, _ in data.test_dataloader()))
+        if not comparison.passed:
+            raise UserError(
+                f"export: outputs differ from PyTorch by {comparison.max_relative_error:.2g} of their range, "
+                f"more than {TOLERANCE}; no file was kept"
+            )
     return comparison.scalars()

@@ -19,12 +19,16 @@ class Reporter(Callback):
     def __init__(self, report: Report) -> None:
         self.report = report
         self.best = 0.0
+        self._validations = 0
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Report, which may raise to end the trial."""
+        if trainer.sanity_checking:
+            return
         value = float(trainer.callback_metrics["val/accuracy"])
         self.best = max(self.best, value)
-        self.report(trainer.current_epoch, value)
+        self.report(self._validations, value)
+        self._validations += 1
 
 
 def objective(config: VisionConfig, folder: Path, report: Report) -> float:

@@ -12,6 +12,16 @@ from torch import Tensor, nn
 import moecore
 from apps.vision.models.backbones import make_backbone
 from apps.vision.settings import ModelConfig
+from moecore.errors import ConfigError, require
+
+SETTINGS = {
+    "layers": "model.moe_layers",
+    "schedule": "model.experts_schedule",
+    "experts": "model.experts_schedule",
+    "share_router": "model.share_router",
+    "model": "model.backbone",
+}
+"""Settings by the names that moecore gives what they set; all others are those of `model.moe`."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +57,11 @@ class ViMoE(nn.Module):
         self.register_buffer("mean", torch.tensor(images.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(images.std).view(-1, 1, 1))
         self.backbone = make_backbone(config, images.channels, images.image_size, len(images.classes))
-        depth = len(moecore.find_ffns(self.backbone))
-        count = len(moecore.place(config.moe_layers, depth))
-        moe = config.moe
-        self.moe_layers: list[str] = []
-        if count:
-            self.moe_layers = moecore.replace_ffn(
-                self.backbone,
-                config.moe_layers,
-                moe,
-                init=config.moe_init,
-                experts=moecore.schedule(config.experts_schedule, count, max(moe.top_k, 1), moe.num_experts),
-                share_router=config.share_router,
-            )
+        try:
+            self.moe_layers = _put_moe_layers(self.backbone, config)
+        except ConfigError as error:  # names it as moecore knows it; here it is a setting
+            name = SETTINGS.get(error.field, f"model.moe.{error.field}")
+            raise ConfigError(name, error.value, error.remedy) from None
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """[B, C, H, W] in [0, 1] -> [B, classes]."""
@@ -69,6 +71,24 @@ class ViMoE(nn.Module):
         """Images of the right shape, for counting and benchmarks."""
         size = self.images.image_size
         return torch.rand(batch, self.images.channels, size, size, device=self.mean.device)
+
+
+def _put_moe_layers(backbone: nn.Module, config: ModelConfig) -> list[str]:
+    """Replace the FFNs that are to be MoE; returns their names."""
+    moe = config.moe
+    no_tasks = moe.score not in ("per_task", "task_conditioned")
+    require(no_tasks, "score", moe.score, "needs the task of every image, and a classifier has but one")
+    count = len(moecore.place(config.moe_layers, len(moecore.find_ffns(backbone))))
+    if not count:
+        return []
+    return moecore.replace_ffn(
+        backbone,
+        config.moe_layers,
+        moe,
+        init=config.moe_init,
+        experts=moecore.schedule(config.experts_schedule, count, moe.top_k, moe.num_experts),
+        share_router=config.share_router,
+    )
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
