@@ -174,7 +174,8 @@ def _wrong_type(key: str, why: str) -> str:
 
 
 def _suggest(flag: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(flag, known, 1, 0.6) or [k for k in known if k.startswith(flag)][:1]
+    abbreviated = [name for name in known if name.startswith(flag)]
+    close = abbreviated or difflib.get_close_matches(flag, known, 1)
     return f"; did you mean {close[0]}?" if close else "; --help lists them"
 
 

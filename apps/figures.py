@@ -112,7 +112,7 @@ def bars(values: Mapping[str, float], marks: Mapping[str, float], label: str, ma
     )
     axes.set_xlabel(label)
     axes.set_xlim(0, max(0.05, 1.15 * max(*values.values(), *marks.values())))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper right")
     _clean(axes)
     return figure
 

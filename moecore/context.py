@@ -64,6 +64,8 @@ def routing_context(
 ) -> Iterator[Context]:
     """Hand side information to every MoE layer that runs inside, however deep in a foreign model.
 
+    Under activation checkpointing, which runs layers a second time, call `backward()` inside too.
+
     Args:
         task: task index, one for all or one per sample or token (see `Context` for shapes).
         ids: integer token ids.

@@ -18,8 +18,14 @@ def _task(context: Context, num_tasks: int) -> int | Tensor:
     task = context.task
     if task is None:
         raise ValueError("context.task=None: this router has one gate per task; use `routing_context(task=...)`")
-    if isinstance(task, int) and not 0 <= task < num_tasks:
-        raise ValueError(f"context.task={task}: must lie between 0 and {num_tasks - 1}")
+    wrong = None
+    if isinstance(task, int):
+        wrong = None if 0 <= task < num_tasks else task
+    elif task.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait for the device
+        outside = task[(task < 0) | (task >= num_tasks)]
+        wrong = int(outside[0]) if outside.numel() else None
+    if wrong is not None:
+        raise ValueError(f"context.task={wrong}: must lie between 0 and {num_tasks - 1}")
     return task
 
 

@@ -17,8 +17,9 @@ from apps.vision.data import Images, VisionData
 from apps.vision.evaluation import Evaluation
 from apps.vision.loading import Trained
 
-MARGIN = 0.05
-"""A layer is worth keeping as MoE when its experts give away so much more of the class than chance."""
+LEAST, SHARE_OF_BEST = 0.01, 0.5
+"""A layer is worth keeping as MoE when its experts give away so much more of the class than chance, and at least this
+share of what those of the best layer do."""
 
 
 def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, path: Path) -> Path:
@@ -107,14 +108,16 @@ def _specialisation(page: Page, evaluation: Evaluation) -> None:
         "Specialisation per layer; the mark is what shuffled labels give.",
     )
     rows = []
+    best = max(value[name] - chance[name] for name in value)
     for layer in layers:
         name, metrics = _name(layer), evaluation.routing[layer]
+        keep = value[name] - chance[name] >= max(LEAST, SHARE_OF_BEST * best)
         rows.append(
             {
                 "layer": name,
                 "specialisation": round(value[name], 4),
                 "by chance": round(chance[name], 4),
-                "hint": "keep MoE" if value[name] - chance[name] > MARGIN else "try dense here",
+                "hint": "keep MoE" if keep else "try dense here",
                 "load entropy": round(metrics.load_entropy, 3),
                 "max violation": round(metrics.max_violation, 3),
                 "dead experts": metrics.dead_experts,

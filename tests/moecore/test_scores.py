@@ -210,6 +210,9 @@ def test_task_must_be_given_and_exist(name):
     for task in (-1, 2):
         with pytest.raises(ValueError, match=rf"context\.task={task}: must lie between 0 and 1"):
             score(x, moecore.Context(task=task))
+        per_token = torch.tensor([0, 1, task] + [0] * (T - 3))
+        with pytest.raises(ValueError, match=rf"context\.task={task}: must lie between 0 and 1"):
+            score(x, moecore.Context(task=per_token))
     with pytest.raises(moecore.ConfigError, match=r"^num_tasks=0: must be at least 1"):
         make(name, num_tasks=0)
 
