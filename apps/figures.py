@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 
+rcParams["text.parse_math"] = False  # names of classes may have dollar signs, and are no formulas
 PALETTE = colormaps["tab20"].colors
 GREY = "#5b6577"
 
