@@ -46,7 +46,11 @@ class ResumePoints(Callback):
 
     def __init__(self, folder: Path, every: int) -> None:
         self.file, self.every = folder / LAST, every
-        self._saved_step = -1
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """What training starts from need not be saved, least of all with gradients of its first batches pending."""
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save within an epoch; its end is saved after validation."""
