@@ -63,7 +63,8 @@ def run_search(app: str, config: Any, args: Search, objective: str, name: str, d
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = load_space(args.space or f"configs/{app}/space.yaml", app)
-    folder = Runs(config.run.root, app).folder / f"search-{name}"
+    study_suffix = "" if args.study == Search.study else f"-{args.study}"
+    folder = Runs(config.run.root, app).folder / f"search-{name}{study_suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     storage = args.storage or str(folder / "study.log")
     job = Job(objective, config, space, storage, args.study, str(folder), direction, args.num_trials)
@@ -171,7 +172,8 @@ def load_space(path: str | Path, app: str) -> Space:
         if not (keys == {"choices"} or {"low", "high"} <= keys <= {"low", "high", "log", "step"}):
             raise UserError(f"space: {name}: give choices, or low and high (with log or step)")
         for value in spec.get("choices") or (spec["low"], spec["high"]):
-            parser.parse_args([f"--{name}={json.dumps(value)}"])  # the setting must exist and take such values
+            text = value if isinstance(value, str) else json.dumps(value)
+            parser.parse_args([f"--{name}={text}"])  # the setting must exist and take such values
     return space
 
 
