@@ -32,8 +32,8 @@ class Evaluation:
     """Per layer, tokens of each image that went to each expert."""
     images_per_second: float
     """Over the forward passes, CPU time if on a CPU."""
-    first: dict[str, Tensor] = field(default_factory=dict)
-    """For the first images: per layer the main expert of every unit (`moecore.token_map`)."""
+    maps: dict[str, Int[Tensor, "N ..."]] = field(default_factory=dict)
+    """Per layer the main expert of every unit of every image (`moecore.token_map`), as int16."""
 
     def label_counts(self, layer: str) -> Int[Tensor, "C E"]:
         """Tokens of each class that went to each expert of a layer."""
@@ -77,14 +77,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: int = 256) -> Evaluation:
+def evaluate(model: ViMoE, batches: object, progress: bool = True) -> Evaluation:
     """Run a model over batches of (images, labels).
 
     Args:
         model: put into eval mode.
         batches: an iterable of batches with a length.
         progress: show a bar.
-        keep_maps: for how many images to keep which expert took each unit.
     """
     model.eval()
     device = model.mean.device
@@ -92,7 +91,6 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
     scores, labels, seconds = [], [], 0.0
     maps: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
-    kept = 0
     for images, target in track(batches, "evaluating", progress):
         started = _clock(device)
         with moecore.record(model) as recording:
@@ -103,10 +101,7 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True, keep_maps: in
         stats.update(recording)
         for routing in recording:
             counts.setdefault(routing.name, []).append(moecore.expert_counts(routing).cpu())
-        if kept < keep_maps:
-            for routing in recording:
-                maps.setdefault(routing.name, []).append(moecore.token_map(routing)[: keep_maps - kept].cpu())
-            kept += len(target)
+            maps.setdefault(routing.name, []).append(moecore.token_map(routing).short().cpu())
     return Evaluation(
         torch.cat(scores),
         torch.cat(labels),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -42,41 +43,45 @@ def image_grid(images: Images, indices: Sequence[int], captions: Sequence[str], 
 
 
 def samples_per_expert(model: ViMoE, images: Images, evaluation: Evaluation, layer: str) -> Figure:
-    """One row of images per expert: those with the largest share of tokens there, of different classes if possible."""
+    """One row of images per expert: those with the largest share of their tokens there, of several classes."""
     counts = evaluation.expert_counts[layer].double()
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # [N, E]
     experts = min(share.shape[1], MOST_EXPERTS)
-    side = 10 / PER_EXPERT
-    figure = Figure(figsize=(10, side * experts), layout="constrained")
+    figure = Figure(figsize=(10, 10 / PER_EXPERT * experts), layout="constrained")
     grid = figure.subplots(experts, PER_EXPERT, squeeze=False)
-    maps = evaluation.first.get(layer)
-    shown = len(maps) if maps is not None and maps.dim() == 2 else len(share)
-    for expert in range(experts):
-        # Token maps are kept for the first images only; where they are used, samples come from those.
-        best = share[:shown, expert].argsort(descending=True, stable=True)[:PER_EXPERT].tolist()
-        best = [i for i in best if share[i, expert] > 0]
-        pictures = images.plain(best)[0] if best else []
-        for column, axes in enumerate(grid[expert]):
+    maps = evaluation.maps[layer] if shows_patches(model, evaluation, layer) else None
+    for expert, row in enumerate(grid):
+        for axes in row:
             axes.set_axis_off()
-            if column < len(best):
-                image = pictures[column]
-                if maps is not None and maps.dim() == 2:
-                    image = _dimmed(image, maps[best[column]] == expert, model)
-                show_image(axes, image)
-        grid[expert][0].text(
-            -0.12,
-            0.5,
-            str(expert),
-            transform=grid[expert][0].transAxes,
-            ha="right",
-            va="center",
-            fontsize=11,
-            fontweight="bold",
-            color=expert_color(expert),
+        best = _most_typical(share[:, expert], evaluation.labels)
+        for axes, index, image in zip(row, best, images.plain(best)[0] if best else (), strict=False):
+            show_image(axes, image if maps is None else _dimmed(image, maps[index] == expert, model))
+        style = {"transform": row[0].transAxes, "va": "center"}
+        row[0].text(
+            -0.12, 0.5, str(expert), ha="right", fontsize=11, fontweight="bold", color=expert_color(expert), **style
         )
         if not best:
-            grid[expert][0].text(0.0, 0.4, "no tokens", transform=grid[expert][0].transAxes, fontsize=9)
+            row[0].text(0.0, 0.5, "no tokens", fontsize=9, **style)
     return figure
+
+
+def _most_typical(share: Float[Tensor, " N"], labels: Int[Tensor, " N"]) -> list[int]:
+    """Images with the largest share of tokens at an expert; at most four of one class, while there are others."""
+    chosen, left = [], []
+    per_class: Counter[int] = Counter()
+    for index in share.argsort(descending=True, stable=True).tolist():
+        if share[index] <= 0 or len(chosen) == PER_EXPERT:
+            break
+        label = int(labels[index])
+        per_class[label] += 1
+        (chosen if per_class[label] <= 4 else left).append(index)
+    return chosen + left[: PER_EXPERT - len(chosen)]
+
+
+def shows_patches(model: ViMoE, evaluation: Evaluation, layer: str) -> bool:
+    """Whether the layer routes patch by patch, rather than segments or whole images."""
+    maps = evaluation.maps[layer]
+    return maps.dim() == 2 and maps.shape[1] >= model.backbone.patch_embed.num_patches
 
 
 def _dimmed(image: Float[Tensor, "C H W"], keep: Tensor, model: ViMoE) -> Float[Tensor, "C H W"]:
@@ -96,15 +101,15 @@ def token_maps(
     model: ViMoE, images: Images, evaluation: Evaluation, layers: Mapping[str, str], count: int = 8
 ) -> Figure:
     """A row of images, and below it one row per layer that shows each patch's expert by colour."""
-    routed = [layer for layer in layers if evaluation.first[layer].dim() == 2]
-    chosen = _one_per_class(evaluation.labels[: len(evaluation.first[routed[0]])], count)
+    routed = [layer for layer in layers if shows_patches(model, evaluation, layer)]
+    chosen = _one_per_class(evaluation.labels, count)
     figure = Figure(figsize=(10, 1.3 * (1 + len(routed))), layout="constrained")
     grid = figure.subplots(1 + len(routed), len(chosen), squeeze=False)
     for axes, image in zip(grid[0], images.plain(chosen)[0], strict=True):
         show_image(axes, image)
     for row, layer in zip(grid[1:], routed, strict=True):
         for axes, index in zip(row, chosen, strict=True):
-            experts = _as_patches(evaluation.first[layer][index].float(), model).long()
+            experts = _as_patches(evaluation.maps[layer][index].long(), model)
             colors = np.array([(0.9, 0.9, 0.9), *(expert_color(e) for e in range(int(experts.max()) + 1))])
             axes.imshow(colors[experts.numpy() + 1])
             axes.set_axis_off()
@@ -118,5 +123,5 @@ def _one_per_class(labels: Tensor, count: int) -> list[int]:
     for index, label in enumerate(labels.tolist()):
         first.setdefault(label, index)
     chosen = [first[label] for label in sorted(first)][:count]
-    rest = [i for i in range(len(labels)) if i not in set(chosen)]
+    rest = sorted(set(range(len(labels))) - set(chosen))
     return chosen + rest[: count - len(chosen)]

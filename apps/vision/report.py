@@ -148,7 +148,7 @@ def _samples(page: Page, trained: Trained, evaluation: Evaluation, images: Image
     for layer in evaluation.routing:
         grid = pictures.samples_per_expert(trained.model, images, evaluation, layer)
         section.figure(grid, f"{_name(layer)}: one row per expert, numbered as in the other figures.", photo=True)
-    if any(m.dim() == 2 for m in evaluation.first.values()):
+    if any(pictures.shows_patches(trained.model, evaluation, layer) for layer in evaluation.routing):
         section.figure(
             pictures.token_maps(trained.model, images, evaluation, {k: _name(k) for k in evaluation.routing}),
             "Which expert takes which patch, per layer; colours are experts, as in the load figure.",
