@@ -61,7 +61,8 @@ def open_image(item: bytes | Path | np.ndarray) -> Image.Image:
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
     try:
-        return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+        with warnings.catch_warnings(action="ignore"):  # Pillow on odd metadata; the pixels are what counts
+            return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise Unreadable(str(error).split(" <")[0]) from error
 
@@ -69,8 +70,7 @@ def open_image(item: bytes | Path | np.ndarray) -> Image.Image:
 def decode(item: bytes | Path | np.ndarray, channels: int) -> UInt8[Tensor, "C H W"]:
     """Pixels of one image as uint8 [C, H, W], in grey (1) or RGB (3)."""
     try:
-        with warnings.catch_warnings(), open_image(item) as image:
-            warnings.simplefilter("ignore")  # Pillow on odd metadata; the pixels are what counts
+        with open_image(item) as image, warnings.catch_warnings(action="ignore"):
             pixels = np.asarray(_eight_bits(image).convert("L" if channels == 1 else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unreadable(str(error).split(" <")[0]) from error
