@@ -25,6 +25,8 @@ TINY = {
     "model.moe.num_experts": "4",
     "model.moe.top_k": "2",
     "data.batch_size": "32",
+    "data.mixup": "0.0",
+    "data.cutmix": "0.0",
     "optim.lr": "0.002",
     "optim.ema_decay": "null",
     "trainer.accelerator": "cpu",
