@@ -78,7 +78,10 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:
-        super().__init__(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+        # At validations, not at the end of epochs: the state to resume from, saved then, is to know the best score.
+        super().__init__(
+            folder, "best", monitor=monitor, mode=mode, enable_version_counter=False, save_on_train_epoch_end=False
+        )
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether to save: better than before, or as good."""
@@ -162,10 +165,24 @@ class RoutingMonitor(Callback):
     The module leaves what it recorded of a batch in `module.recording`.
     """
 
+    def __init__(self) -> None:
+        self._step = 0
+        self._since = moecore.Recording()
+        """What was routed since the last step of the optimiser."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start where training stands."""
+        self._step = trainer.global_step
+        self._since.clear()
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        """After a batch: controllers each step, metrics at logging steps."""
+        """After a batch: controllers once per step of the optimiser, metrics at logging steps."""
         recording: moecore.Recording = module.recording
-        moecore.update_controllers(recording)
+        self._since += recording
+        if trainer.global_step != self._step:
+            moecore.update_controllers(self._since)
+            self._step = trainer.global_step
+            self._since.clear()
         if recording and trainer.global_step % trainer.log_every_n_steps == 0:
             for layer, metrics in moecore.routing_metrics(recording).items():
                 for name, value in metrics.scalars().items():

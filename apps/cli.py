@@ -86,7 +86,7 @@ def _run(app: App, argv: list[str]) -> None:
         close = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
         raise UserError(f"verb={verb!r}: {hint}")
-    parser = make_parser(app, verb)
+    parser, rest = make_parser(app, verb), _files_first(rest)
     values = _parse(parser, rest)
     checkpoint = _checkpoint(app, verb, values)
     if checkpoint is not None:  # the settings kept in it, on which files and flags go
@@ -97,6 +97,18 @@ def _run(app: App, argv: list[str]) -> None:
         values = _parse(parser, rest) | {"ckpt_path": str(checkpoint)}
     source = str(values["config"][-1]) if values["config"] else None
     app.call(verb, tree.build(app.config, values), tree.build(VERBS[verb], values), source)
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with `-c FILE` before all flags, so that flags go over files wherever they stand."""
+    files, flags = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("-c", "--config"):
+            files += [argument, *[value for value in [next(arguments, None)] if value is not None]]
+        else:
+            (files if argument.startswith("--config=") else flags).append(argument)
+    return files + flags
 
 
 def _parse(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -152,6 +164,8 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         given = message.split(":", 1)[1].split()
         flag = next((arg for arg in given if arg.startswith("-")), given[0])
         return f"{flag}: unknown setting{_suggest(flag.split('=')[0], known)}"
+    if message.startswith("the following arguments are required:"):
+        return f"--{message.split(': ')[1].split(',')[0].lstrip('-')}: is required; --help says what to give"
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:
         key = f"{unknown['group']}.{unknown['key']}" if unknown["group"] else unknown["key"]

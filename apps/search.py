@@ -25,14 +25,14 @@ from apps import output, training, tree
 from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
 from apps.runs import Runs
+from apps.trial import Report
 from apps.verbs import Search
 from moecore.files import write_atomic
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 Space = dict[str, dict[str, Any]]
-Report = Callable[[int, float], None]
 Objective = Callable[[Any, Path, Report], float]
-"""(settings, folder of the trial, report) -> value; `report(step, value)` may end the trial by raising TrialPruned."""
+"""(settings, folder of the trial, report) -> value; `report` may end the trial by raising TrialPruned."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -100,10 +101,13 @@ def make_trainer(
             callbacks=callbacks,
             plugins=[CheckpointFiles()],
             logger=[CurveLogger(folder), TensorBoardLogger(folder, name="", version="tensorboard")],
+            enable_checkpointing=validates,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
     except Exception as error:  # Lightning's complaints about its arguments, of many types
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # a new one is still empty, and stays so
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -43,26 +44,13 @@ def export_onnx(
             JSON.
 
     Raises:
-        ExportError: for a model that sees the whole batch at once even in eval mode.
+        ExportError: for a model that sees the whole batch at once even in eval mode, or has no ONNX form.
     """
     import onnx
 
     _refuse_batch_routing(model)
     model.eval()
-    batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[input_name],
-            output_names=[output_name],
-            dynamic_shapes=({0: batch},),
-            verbose=False,
-        )
-    proto = program.model_proto
+    proto = _trace(model, example, input_name, output_name).model_proto
     proto.ir_version = IR_VERSION
     for key, value in (metadata or {}).items():
         entry = proto.metadata_props.add()
@@ -71,6 +59,27 @@ def export_onnx(
     with atomic_path(path) as temporary:
         onnx.save_model(proto, temporary)
     return path
+
+
+def _trace(model: nn.Module, example: Tensor, input_name: str, output_name: str) -> torch.onnx.ONNXProgram:
+    # A context, for routers that hand on state: the exporter passes by the hook that opens one in eager mode.
+    context = contextlib.nullcontext() if moecore.current_context() else moecore.routing_context()
+    with warnings.catch_warnings(), context:
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        try:
+            return torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=[output_name],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise ExportError(f"this model has no ONNX form ({str(cause).strip().splitlines()[0]})") from error
 
 
 def _refuse_batch_routing(model: nn.Module) -> None:

@@ -25,8 +25,8 @@ class Context:
     """Integer token ids for hash routing."""
     allowed: Tensor | None = None
     """Boolean mask of the experts that may be chosen, `[E]` or `[..., E]`."""
-    carry: dict[int, Tensor] = field(default_factory=dict)
-    """State that recurrent routers hand from layer to layer, by the identity of their cell."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """State that recurrent routers hand from layer to layer, by the name of their cell."""
 
     def per_token(self, lead: Sequence[int]) -> Context:
         """The same context with every tensor expanded to one row per token, `T = prod(lead)`."""

@@ -256,4 +256,4 @@ BANKS: dict[str, type[ExpertBank]] = {
     "constant": ConstantBank,
     "mixed": MixedBank,
 }
-"""Banks by the name that configurations use."""
+"""Banks by name; configurations build `mlp` and `glu`, the others are for layers built from parts."""

@@ -126,8 +126,11 @@ class CentroidScore(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T E"]:
         """[T, D] -> [T, E]."""
-        # One fixed way to compute: by default it changes at 25 tokens, which export could not trace.
-        distance = torch.cdist(x, self.centroids.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+        centroids = self.centroids.to(x.dtype)
+        if torch.compiler.is_exporting():  # ONNX has no cdist
+            distance = (x[:, None] - centroids).square().sum(-1).sqrt()
+        else:
+            distance = torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist")  # exact, however many
         return -distance if self.prefer == "nearest" else distance
 
 
@@ -152,5 +155,5 @@ class HashScore(nn.Module):
             bucket = (context.ids.long() * 2654435761 >> 8) % self.ranking.shape[0]
         else:
             bits = (linear(x, self.planes) > 0).long()
-            bucket = (bits << torch.arange(bits.shape[1], device=x.device)).sum(-1)
+            bucket = (bits * 2 ** torch.arange(bits.shape[1], device=x.device)).sum(-1)
         return -self.ranking[bucket].to(x.dtype)

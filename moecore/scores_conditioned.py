@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -115,10 +117,14 @@ class RecurrentScore(nn.Module):
         self.project = nn.Linear(width, self.cell.input_size)
         self.weight = gate_weight(num_experts, self.cell.hidden_size)
         self.first = first
+        if not hasattr(self.cell, "carry_key"):
+            self.cell.carry_key = uuid.uuid4().hex
+        self.carry_key = self.cell.carry_key
+        """What the state goes by in a context: a name, as export makes new objects of modules."""
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T E"]:
         """[T, D] -> [T, E]; reads and replaces the state in `context.carry`."""
-        state = None if self.first else context.carry.get(id(self.cell))
+        state = None if self.first else context.carry.get(self.carry_key)
         if state is None and not self.first:
             raise RuntimeError(
                 "recurrent router: no state from the layer before; run the model inside `moecore.routing_context()` "
@@ -126,5 +132,5 @@ class RecurrentScore(nn.Module):
             )
         projected = linear(x, self.project.weight, self.project.bias).to(self.cell.weight_ih.dtype)
         state = self.cell(projected, state)  # [T, H]
-        context.carry[id(self.cell)] = state
+        context.carry[self.carry_key] = state
         return linear(state.to(x.dtype), self.weight)

@@ -75,7 +75,9 @@ def _all_experts(model: ViMoE) -> ViMoE:
 
 
 def _peak(config: ModelConfig, spec: ImageSpec, name: str, batch: int) -> float | None:
-    """Peak memory of a training step in MiB, beyond weights and input."""
+    """Peak memory of a training step in MiB, beyond weights and input; None where it is too small to tell."""
+    if batch < 16:
+        return None
     peak = peak_memory(functools.partial(_build, config, spec, name, batch))
     return None if peak is None else round(peak / 2**20, 1)
 

@@ -89,6 +89,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.dataset != "folder" or self.root is not None, "root", self.root, "give the folder of images")
+        unused = self.dataset == "digits" and self.root is not None
+        require(not unused, "root", self.root, "dataset=digits has its own images; to read these set dataset=folder")
         size = self.image_size
         require(size is None or size >= 4, "image_size", size, "must be at least 4")
         for name in ("val_fraction", "test_fraction"):

@@ -22,7 +22,8 @@ def upcycle(ffn: DenseFFN, layer: MoE, noise: float = 0.0, generator: torch.Gene
     * The shared expert, if there is one, takes the first units of the FFN.
     * If a routed expert has room for all the remaining units, every expert is a copy of them. Then, as long as combine
       weights sum to one (for select "top_p" set `weight_options={"renormalize": True}`), the layer equals the FFN
-      exactly at step 0.
+      exactly at step 0. With `top_k=1` the weight is the raw probability, about 1 / E at first: the routed part then
+      starts that much smaller.
     * If experts are smaller, the remaining units are cut into slices that fill the experts in turn, and the slices'
       output is scaled up so that its mean over experts is that of the FFN: a start, not an identity.
 

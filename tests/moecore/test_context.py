@@ -49,8 +49,8 @@ def test_what_needs_no_expansion_is_left_alone():
 
 def test_carried_state_is_shared_by_the_expanded_context():
     context = moecore.Context(task=torch.tensor([0, 1]))
-    context.per_token((2, 3)).carry[1] = torch.zeros(1)
-    assert list(context.carry) == [1]
+    context.per_token((2, 3)).carry["cell"] = torch.zeros(1)
+    assert list(context.carry) == ["cell"]
 
 
 @pytest.mark.parametrize("field", ["task", "ids"])

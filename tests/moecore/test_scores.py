@@ -48,7 +48,7 @@ def test_no_tokens_no_scores(name):
 def test_gradient_reaches_every_parameter(name):
     score, context = make(name), context_for(name)
     if name == "recurrent":  # a later layer, whose state is not zero
-        score.first, context.carry[id(score.cell)] = False, torch.randn(T, score.cell.hidden_size)
+        score.first, context.carry[score.carry_key] = False, torch.randn(T, score.cell.hidden_size)
     scores = value(score(torch.randn(T, D), context))
     if name in ("centroid", "hash"):
         assert not list(score.parameters())

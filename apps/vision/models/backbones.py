@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from jaxtyping import Float
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -79,7 +79,7 @@ def make_backbone(config: ModelConfig, channels: int, image_size: int, num_class
         if config.stem == "conv" or (config.stem == "auto" and _halvings(sizes["patch_size"])):
             sizes["embed_layer"] = ConvStem
         model = VisionTransformer(**sizes, **common, class_token=False, global_pool="avg")
-        _load_pretrained(model, config)
+        _load_pretrained(model, config, channels)
         return model
     return _timm_vit(config, options, common)
 
@@ -91,12 +91,14 @@ def _timm_vit(config: ModelConfig, options: dict[str, Any], common: dict[str, An
         raise ConfigError("model.backbone", name, f"no such model in timm{f'; near: {close}' if close else ''}")
     try:
         model = timm.create_model(name, pretrained=config.pretrained == "timm", **options, **common)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+    except TypeError as error:
+        raise ConfigError("model.backbone", name, "is no vision transformer that takes an image size") from error
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError("model.backbone", name, f"timm says: {str(error).splitlines()[0]}") from error
     except OSError as error:  # the hub cannot be reached
         raise UserError(f"model.pretrained=timm: {error}; give a file instead") from error
     require(hasattr(model, "blocks"), "model.backbone", name, "is no vision transformer with blocks")
-    _load_pretrained(model, config)
+    _load_pretrained(model, config, common["in_chans"])
     return model
 
 
@@ -129,23 +131,18 @@ def _check_sizes(sizes: dict[str, Any], image_size: int) -> None:
     require(fits, "model.patch_size", patch, f"must divide the image size {image_size}")
 
 
-def _load_pretrained(model: VisionTransformer, config: ModelConfig) -> None:
-    """Weights of a plain timm ViT from a file; position embeddings are resampled, another classifier is left out."""
+def _load_pretrained(model: VisionTransformer, config: ModelConfig, channels: int) -> None:
+    """Weights of a plain timm ViT from a file, fitted to channels and image size; another classifier is left out."""
     if config.pretrained in (None, "timm"):
         return
     path = Path(config.pretrained)
     if not path.is_file():
         raise UserError(f"model.pretrained={path}: no such file (`timm` downloads the backbone's weights)")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = load_plain(path)
-        state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"model.pretrained={path}: holds no state_dict")
-    state = checkpoint_filter_fn(dict(state), model)
+    state = _read_state(path)
+    projection = state.get("patch_embed.proj.weight")
+    if projection is not None and projection.shape[1] == 3 != channels:
+        state["patch_embed.proj.weight"] = adapt_input_conv(channels, projection)
+    state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing = [k for k in own if k not in fitting and not k.startswith("head.")]
@@ -155,3 +152,20 @@ def _load_pretrained(model: VisionTransformer, config: ModelConfig) -> None:
             f"({len(missing)} tensors missing or of another shape, first {missing[0]})"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or a torch file, without executing anything."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"model.pretrained={path}: not a safetensors file, or damaged ({error})") from None
+    state = load_plain(path)
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.pretrained={path}: holds no state_dict")
+    return dict(state)
