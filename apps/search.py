@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from apps import output, training, tree
 from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
+from apps.loading import derive_seed
 from apps.runs import Runs
 from apps.trial import Report
 from apps.verbs import Search
@@ -101,6 +103,11 @@ def _study(job: Job, seed: int) -> optuna.Study:
         raise UserError(f"storage={job.storage}: cannot be opened ({str(error).splitlines()[0]})") from error
 
 
+def _machine(job: Job) -> int:
+    """A number of this machine, where a storage was given that others may share; else 0."""
+    return 0 if Path(job.storage).parent == Path(job.folder) else uuid.getnode()
+
+
 def open_storage(storage: str) -> str | BaseStorage:
     """A database by its URL, or a journal file by its path."""
     if "://" in storage:
@@ -115,7 +122,10 @@ def _work(job: Job, trials: int, number: int) -> None:
     training.prepare_process(job.config.run)
     module, function = job.objective.split(":")
     objective: Objective = getattr(importlib.import_module(module), function)
-    study = _study(job, seed=int(time.time_ns() % 2**31) + number)
+    # What a worker proposes depends on the run's seed, on who it is, and on what the study had when it came: alone it
+    # repeats exactly, and workers on one study differ.
+    present = len(_study(job, seed=0).get_trials(deepcopy=False))
+    study = _study(job, seed=derive_seed(job.config.run.seed, present, number, _machine(job)) % 2**31)
 
     def one(trial: Trial) -> float:
         started = time.process_time()

@@ -115,13 +115,13 @@ def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path, storage):
 def run(tmp_path):
     """Runs a search over learning rates without training; returns its folder."""
 
-    def call(trials: int, objective: str = "sphere", **changes: object) -> Path:
+    def call(trials: int, objective: str = "sphere", root: Path = tmp_path, **changes: object) -> Path:
         config = VisionConfig()
-        config.run.root = str(tmp_path)
+        config.run.root = str(root)
         space = write(tmp_path, "optim.lr: {low: 0.001, high: 0.01}")
         args = Search(**{"space": str(space), "num_trials": trials} | changes)
         search.run_search("vision", config, args, f"tests.apps.objectives:{objective}", "rates", "maximize")
-        return tmp_path / "vision" / "search-rates"
+        return root / "vision" / "search-rates"
 
     return call
 
@@ -173,6 +173,12 @@ def test_another_study_starts_anew_in_a_folder_of_its_own(run, tmp_path, storage
     first, other = run(2, storage=storage), tmp_path / "vision" / "search-rates-other"
     run(1, study="other", storage=storage)
     assert (len(rows(first)), len(rows(other))) == (2, 1)
+
+
+def test_a_study_repeats_with_the_seed_of_the_run(run, tmp_path):
+    rates = [[row["optim.lr"] for row in rows(run(3, root=tmp_path / name))] for name in ("a", "b")]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) == 3
 
 
 def test_when_nothing_works_it_is_said(run):
