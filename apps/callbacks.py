@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 import moecore
@@ -36,8 +36,11 @@ class CheckpointFiles(TorchCheckpointIO):
         return load_plain(path)
 
 
-class ResumePoints(Callback):
-    """Writes `last.ckpt` every so many steps and at the end of every epoch.
+class ResumePoints(Checkpoint):
+    """Writes `last.ckpt` every so many steps and at the end of every epoch; a validation due then comes first.
+
+    A `Checkpoint`, so that Lightning calls it after all that change with a batch or a validation: what is saved is the
+    state that the next batch finds.
 
     Args:
         folder: of the checkpoints.
@@ -47,6 +50,7 @@ class ResumePoints(Callback):
     def __init__(self, folder: Path, every: int) -> None:
         self.file, self.every = folder / LAST, every
         self._saved_step = 0
+        self._due = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """What training starts from need not be saved, least of all with gradients of its first batches pending."""
@@ -56,7 +60,13 @@ class ResumePoints(Callback):
         """Save within an epoch; its end is saved after validation."""
         step = trainer.global_step
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if step % self.every == 0 and step != self._saved_step and not last:
+        self._due = step % self.every == 0 and step != self._saved_step and not last
+        if self._due and not _validates_now(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save what was to wait for this validation; resumed before it, Lightning would leave it out."""
+        if self._due:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -64,8 +74,17 @@ class ResumePoints(Callback):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.global_step
+        self._due, self._saved_step = False, trainer.global_step
         trainer.save_checkpoint(self.file)
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Whether a validation within the epoch follows this batch."""
+    epochs, progress = trainer.check_val_every_n_epoch, trainer.fit_loop.epoch_loop.batch_progress
+    if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
+        return False
+    batch = progress.total.ready if epochs is None else progress.current.ready
+    return batch % trainer.val_check_batch == 0
 
 
 class BestCheckpoint(ModelCheckpoint):

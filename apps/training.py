@@ -81,8 +81,6 @@ def make_trainer(
     callbacks: list[Callback] = [StepSeeds(run.seed), RoutingMonitor(), StopOnNaN(checkpoints)]
     if optim.ema_decay is not None:
         callbacks.append(AveragedWeights(optim.ema_decay))
-    # After all that change with a batch: what is saved is the state that the next batch finds.
-    callbacks.append(ResumePoints(checkpoints, run.checkpoint_every))
     validates = trainer.limit_val_batches != 0
     if validates:
         callbacks.append(BestCheckpoint(checkpoints, monitor, mode))
@@ -92,7 +90,7 @@ def make_trainer(
         callbacks.append(EarlyStopping(monitor, stop.min_delta, stop.patience, mode=mode))
     if trainer.enable_progress_bar:
         callbacks.append(Progress())
-    callbacks += extra
+    callbacks += [*extra, ResumePoints(checkpoints, run.checkpoint_every)]  # last: what it saves has all others' state
     options = vars(trainer) | {"precision": _precision(trainer), "enable_progress_bar": False}
     try:
         return Trainer(
@@ -101,7 +99,6 @@ def make_trainer(
             callbacks=callbacks,
             plugins=[CheckpointFiles()],
             logger=[CurveLogger(folder), TensorBoardLogger(folder, name="", version="tensorboard")],
-            enable_checkpointing=validates,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
