@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
@@ -64,7 +65,7 @@ def train(module: Toy, folder, *callbacks: Callback, batches=6, plugins=(), **op
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, BestCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         **options,
     )
     trainer.fit(module, data, data if isinstance(module, Scored) else None)
