@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -182,19 +183,33 @@ def fit(
     """Train from the start, or on from a checkpoint, in a run folder that then holds the settings.
 
     Raises:
+        UserError: for what Lightning refuses, e.g. fewer epochs than are done.
         KeyboardInterrupt: at Ctrl-C and SIGTERM.
     """
-    if trainer.is_global_zero:
-        save_settings(config, folder)
     if resume is not None:
-        step = load_plain(resume)["global_step"]
+        checkpoint = load_plain(resume)
+        _say_what_changed(checkpoint["config"], config, trainer)
+        step = checkpoint["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CurveLogger):
                 logger.continue_from(step)
+    if trainer.is_global_zero:
+        save_settings(config, folder)
     try:
         trainer.fit(task, data, ckpt_path=resume)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     except SystemExit as leave:  # Lightning's end at Ctrl-C and SIGTERM, with exit code 0 for the latter
         raise KeyboardInterrupt from leave
+
+
+def _say_what_changed(stored: dict[str, Any], config: Any, trainer: Trainer) -> None:
+    """A line for every setting in which a resumed run differs from what it was started with."""
+    before, now = tree.flatten(stored), tree.flatten(tree.plain(config))
+    if trainer.is_global_zero:
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                print(f"resumed with another setting: {name}={now[name]} (was {before[name]})", flush=True)
 
 
 def check_fits(state: dict[str, torch.Tensor], module: nn.Module, path: Path) -> None:

@@ -39,6 +39,9 @@ class Predict:
     output: str = "predictions.csv"
     """Where to write: .csv or .json."""
 
+    def __post_init__(self) -> None:
+        require(self.output.endswith((".csv", ".json")), "output", self.output, "must end in .csv or .json")
+
 
 @dataclass
 class Search:

@@ -30,8 +30,9 @@ class Recording(list[Routing]):
 def record(model: nn.Module) -> Iterator[Recording]:
     """Collect the routing of every MoE layer of `model` while it runs inside.
 
-    Outside, layers store nothing. Leave the block before calling `backward()` under activation checkpointing, which
-    runs layers a second time. Copies of the model made inside are not recorded.
+    Outside, layers store nothing. A recording is of the model: threads that share it share what is recorded. Leave the
+    block before calling `backward()` under activation checkpointing, which runs layers a second time. Copies of the
+    model made inside are not recorded.
 
     Args:
         model: any module with `moecore.MoE` layers in it; a layer that occurs twice goes by its first name.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,15 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "flatten": lambda units: units.flatten(-2),
 }
 """How a router sees a unit of several tokens, `[T, L, D] -> [T, R]`."""
+
+
+TRACED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+"""Whether `torch.compile` follows context variables. Older versions go on with the context they saw first, without a
+word; there the layer stays out of the compiled graph."""
+
+
+def _kept_out_of_old_compilers(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return forward if TRACED else torch.compiler.disable(forward)
 
 
 class MoE(nn.Module):
@@ -84,6 +94,7 @@ class MoE(nn.Module):
 
         return build_moe(config, width)
 
+    @_kept_out_of_old_compilers
     def forward(self, x: Float[Tensor, "*lead D"], context: Context | None = None) -> Float[Tensor, "*lead O"]:
         """[..., D] -> [..., O].
 

@@ -106,6 +106,9 @@ def replace_ffn(
         ConfigError: if the model has no FFN that is known, `experts` has the wrong length, the layers cannot share a
             router, or the config asks for experts that the FFN cannot be copied into.
     """
+    require(not isinstance(layers, MoEConfig), "layers", layers, "comes before the configuration; give e.g. 'last-2'")
+    known = make is None or isinstance(make, MoEConfig) or callable(make)
+    require(known, "make", make, "give a moecore.MoEConfig, or a function of an FFN and its number")
     ffns = find_ffns(model)
     require(bool(ffns), "model", type(model).__name__, "has no FFN that moecore.find_ffns recognises")
     whole = any(ffn.name == "" for ffn in ffns)
@@ -116,6 +119,9 @@ def replace_ffn(
     made = [make(ffn, number) for number, ffn in enumerate(chosen)]  # all, before the model changes: any may fail
     for ffn, module in zip(chosen, made, strict=True):
         put_module(model, ffn, module)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.enable_nested_tensor = encoder.use_nested_tensor = False  # a fused path that knows no experts
     if any(isinstance(m, MoE) and getattr(m.router.score, "cell", None) is not None for m in model.modules()):
         carry_across_layers(model)
     return [ffn.name for ffn in chosen]

@@ -234,7 +234,7 @@ def _refuse_unknown_classes(tables: dict[str, Table], spec: ImageSpec) -> None:
         unknown = sorted(set(table.classes) - set(spec.classes))
         if unknown:
             name = table.names[table.classes.index(unknown[0])]
-            raise UserError(f"class {unknown[0]!r} ({name}): not known to the model, which learns from train images")
+            raise UserError(f"class {unknown[0]!r} ({name}): not among the classes of the training images")
 
 
 def _probe(table: Table, config: DataConfig, count: int = 256) -> ImageSpec:

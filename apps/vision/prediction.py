@@ -41,9 +41,8 @@ def predict_images(model: ViMoE, source: Path, config: DataConfig, top: int = 3)
                 names.append(file)
             except Unreadable as error:
                 if config.on_error == "raise":
-                    raise UserError(
-                        f"{file}: unreadable image ({error}); --data.on_error skip leaves it out"
-                    ) from error
+                    skip = "--data.on_error skip leaves it out" if len(files) > 1 else "give an image or a folder"
+                    raise UserError(f"{file}: unreadable image ({error}); {skip}") from error
                 skipped += 1
         if images:
             rows += _rows(model, names, torch.stack(images), top)

@@ -42,9 +42,9 @@ def _finish(config: VisionConfig, args: Train, folder: Path, data: VisionData) -
     data.trainer = None
     evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
     figures = _figures(trained, evaluation, data)
-    output.show("test", figures)
     output.write_json(folder / "test.json", figures)
     output.write_json(args.json, figures)
+    output.show("test", figures)
     if config.run.report:
         from apps.vision.report import write_report
 
@@ -65,8 +65,8 @@ def evaluate(config: VisionConfig, args: Evaluate, source: str | None) -> None:
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
     evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
     figures = _figures(trained, evaluation, data)
-    output.show(f"test: {trained.path}", figures)
     output.write_json(args.json, figures)
+    output.show(f"test: {trained.path}", figures)
 
 
 def predict(config: VisionConfig, args: Predict, source: str | None) -> None:
@@ -77,7 +77,9 @@ def predict(config: VisionConfig, args: Predict, source: str | None) -> None:
     trained = load_trained(Path(args.ckpt_path), config)
     rows, skipped = predict_images(trained.model, Path(args.input), config.data)
     path = output.write_rows(args.output, rows)
-    print(f"{len(rows)} predictions: {path}" + (f" ({skipped} unreadable images skipped)" if skipped else ""))
+    if len(rows) == 1:
+        output.show(rows[0]["file"], {name: value for name, value in rows[0].items() if name != "file"})
+    print(f"{len(rows)} prediction(s): {path}" + (f" ({skipped} unreadable images skipped)" if skipped else ""))
 
 
 def report(config: VisionConfig, args: Report, source: str | None) -> None:
@@ -101,8 +103,8 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
     target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
     figures = export_onnx(trained, data, target)
-    output.show(f"exported: {target}", figures)
     output.write_json(args.json, figures)
+    output.show(f"exported: {target}", figures)
 
 
 def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None:

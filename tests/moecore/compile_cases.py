@@ -8,6 +8,7 @@ from torch import nn
 
 import moecore
 from moecore.executors.grouped_mm import _TRACED
+from moecore.layer import TRACED
 
 D, E = 16, 4
 
@@ -30,7 +31,7 @@ def results(call, moe: moecore.MoE, x: torch.Tensor) -> list[torch.Tensor]:
 
 def assert_compiles(moe: moecore.MoE, backend: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(moe, fullgraph=True, backend=backend)
+    compiled = torch.compile(moe, fullgraph=TRACED, backend=backend)
     for shape in ((2, 5, D), (3, 7, D)):
         x = torch.randn(shape)
         for ours, theirs in zip(results(compiled, moe, x), results(moe, moe, x), strict=True):
@@ -49,7 +50,7 @@ def assert_compiles(moe: moecore.MoE, backend: str) -> None:
 )
 def test_compiles_as_one_graph_and_equals_eager(executor, options):
     moe = layer(executor=executor, **options)
-    if executor == "grouped_mm" and torch.float32 not in _TRACED:
+    if executor == "grouped_mm" and TRACED and torch.float32 not in _TRACED:
         with pytest.raises(Exception, match="compiles grouped GEMMs in bfloat16 only, not in float32"):
             assert_compiles(moe, "aot_eager")
     else:
@@ -59,8 +60,19 @@ def test_compiles_as_one_graph_and_equals_eager(executor, options):
 def test_compiles_grouped_gemms_in_bfloat16():
     moe = layer(executor="grouped_mm", shared_hidden=8).bfloat16()
     x = torch.randn(3, 7, D, dtype=torch.bfloat16)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(moe, fullgraph=TRACED, backend="aot_eager")
     torch.testing.assert_close(compiled(x), moe(x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiled_layer_follows_the_context():
+    moe = layer(score="per_task", score_options={"num_tasks": 3})
+    x, compiled = torch.randn(6, D), torch.compile(moe, fullgraph=TRACED, backend="aot_eager")
+    for task in (0, 2, torch.tensor([0, 1, 2, 0, 1, 2]), 1):
+        with moecore.routing_context(task=task):
+            torch.testing.assert_close(compiled(x), moe(x))
+    for allowed in ([True, False, True, True], [False, True, True, True]):
+        with moecore.routing_context(task=0, allowed=torch.tensor(allowed)):
+            torch.testing.assert_close(compiled(x), moe(x))
 
 
 @pytest.mark.slow

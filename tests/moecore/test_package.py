@@ -178,3 +178,19 @@ for info in pkgutil.walk_packages(moecore.__path__, "moecore."):
 print(ran > 5)
 """
     assert run_python(code) == "True"
+
+
+def test_arguments_in_the_wrong_order_are_named():
+    """In a process without run-time type checks, as users have it."""
+    code = """
+import moecore, torch
+model = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(16, 2, 32))
+for arguments in ((moecore.MoEConfig(),), ("all", {"num_experts": 4})):
+    try:
+        moecore.replace_ffn(model, *arguments)
+    except moecore.ConfigError as error:
+        print(error.field, error.remedy)
+"""
+    first, second = run_python(code).splitlines()
+    assert first == "layers comes before the configuration; give e.g. 'last-2'"
+    assert second == "make give a moecore.MoEConfig, or a function of an FFN and its number"

@@ -130,7 +130,7 @@ def test_so_few_images_of_a_class_are_enough_and_fewer_are_one_line(folder, spli
 def test_a_class_that_training_lacks_is_named_before_anything_is_trained(folder, draw, split):
     root = folder(splits=("train", "val", "test"))
     draw(root / split / "zebra", 1)
-    with pytest.raises(UserError, match=rf"^class 'zebra' \(.*/{split}/zebra/0\.png\): not known to the model"):
+    with pytest.raises(UserError, match=rf"^class 'zebra' \(.*/{split}/zebra/0\.png\): not among the classes"):
         load(root)
 
 
