@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from apps.settings import RunConfig
 from apps.verbs import VERBS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk or quota that has no room left."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(f"{error.filename2 or error.filename}: {error.strerror}; give another path")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         file = error.filename or "results"
         return _fail(f"disk: {error.strerror} while writing {file}; free some space, files written before are good")
@@ -198,7 +203,14 @@ def _suggest(flag: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; --help lists them"
 
 
+def _in_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer hands a full disk on to the main thread, which says so in one line."""
+    if getattr(args.exc_value, "errno", None) not in FULL:
+        threading.__excepthook__(args)
+
+
 def run(app: App) -> NoReturn:
     """Entry point of `python -m apps.<app>`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads must be asked for
+    threading.excepthook = _in_thread
     sys.exit(main(app))
