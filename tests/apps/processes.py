@@ -63,7 +63,7 @@ def _run(
     argv: list[str], log: str, kill_at_batch: int | None, file_size: int | None, environment: Mapping[str, str]
 ) -> None:
     from apps.callbacks import StepSeeds
-    from apps.cli import main
+    from apps.cli import run
     from apps.vision import APP
 
     os.environ.update(environment)
@@ -81,4 +81,5 @@ def _run(
             seed(self, trainer, *args)
 
         StepSeeds.on_train_batch_start = fatal
-    sys.exit(main(APP, argv))
+    sys.argv = ["python -m apps.vision", *argv]
+    run(APP)
