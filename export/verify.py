@@ -25,7 +25,7 @@ class Comparison:
     max_relative_error: float
     """The same over the largest absolute output."""
     decision_agreement: float
-    """Share of inputs with the same argmax."""
+    """Share of equal argmaxes over the last dimension."""
     milliseconds: float
     """Median CPU time of the exported model per batch, one thread."""
     torch_milliseconds: float
@@ -64,7 +64,7 @@ def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Com
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    errors, scales, agree, count = [], [], 0, 0
+    errors, scales, agree, decisions, count = [], [], 0, 0, 0
     times: dict[str, list[float]] = {"onnx": [], "torch": []}
     for batch in batches:
         started = time.process_time()
@@ -76,14 +76,15 @@ def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Com
         times["torch"].append(time.process_time() - started)
         errors.append(float(np.abs(ours - expected).max()))
         scales.append(float(np.abs(expected).max()))
-        agree += int((ours.argmax(-1) == expected.argmax(-1)).sum())
+        same = ours.argmax(-1) == expected.argmax(-1)
+        agree, decisions = agree + int(same.sum()), decisions + same.size
         count += len(batch)
     worst = float(np.max(errors))  # of numpy, which lets NaN win
     return Comparison(
         count,
         worst,
         worst / max(*scales, 1e-12),
-        agree / count,
+        agree / decisions,
         1e3 * float(np.median(times["onnx"])),
         1e3 * float(np.median(times["torch"])),
         path.stat().st_size,

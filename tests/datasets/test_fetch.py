@@ -291,7 +291,10 @@ def test_new_version_is_not_accepted_behind_ones_back(tool, server):
 def test_interrupt_keeps_the_partial_file(tool, server):
     tool.add("x", server.add("x", CONTENT, stall=HALF), sha256=SHA256)
     script = Path(__file__).parents[2] / "datasets" / "fetch.py"
-    command = [sys.executable, "-W", "error", str(script), "x", "--root", str(tool.root)]
+    # A process started in the background inherits that interrupts are ignored, and so would its children.
+    heed = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heed += f"sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name='__main__')"
+    command = [sys.executable, "-W", "error", "-c", heed, "x", "--root", str(tool.root)]
     process = subprocess.Popen([*command, "--catalog", str(tool.catalog)], stderr=subprocess.PIPE, text=True)
     part = tool.root / "x.bin.part"
     deadline = time.monotonic() + 20
