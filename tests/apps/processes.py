@@ -36,7 +36,7 @@ class Command:
         """What it wrote to stdout so far."""
         return self.log.with_suffix(".out").read_text()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 400) -> int:
         """The exit code; negative: the signal that ended it."""
         self.process.join(seconds)
         if self.process.exitcode is None:

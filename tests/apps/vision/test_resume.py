@@ -84,7 +84,7 @@ def test_a_run_killed_from_outside_ends_as_if_it_had_not_been(command, cli, tmp_
     argv = command("killed", "everything")
     victim = start(argv, tmp_path / "log")
     last = tmp_path / "vision" / "killed" / "checkpoints" / "last.ckpt"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     while not last.is_file():
         assert time.monotonic() < limit
         assert victim.process.is_alive(), victim.err
@@ -103,7 +103,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, tmp_path, sent, code):
     argv = [*command("stopped", "plain"), "--trainer.max_epochs", "10000"]
     running = start(argv, tmp_path / "log")
     last = tmp_path / "vision" / "stopped" / "checkpoints" / "last.ckpt"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     while not last.is_file():
         assert time.monotonic() < limit
         time.sleep(0.01)

@@ -13,6 +13,7 @@ import yaml
 from apps import tree
 from apps.vision.settings import VisionConfig
 
+CONFIGS = Path(__file__).parents[3] / "configs" / "vision"
 RATES = "optim.lr: {low: 1.0e-5, high: 1.0e-2, log: true}\n"
 SPACE = f"""{RATES}
 model.moe.num_experts: {{choices: [2, 4]}}
@@ -60,6 +61,15 @@ def test_a_search_goes_on_and_its_best_settings_train(search, cli, tmp_path):
     done = cli("train", "-c", folder / "best.yaml", "--run.name", "best")
     assert done.code == 0, done.err
     assert (tmp_path / "vision" / "best" / "test.json").is_file()
+
+
+def test_the_space_of_the_app_suits_its_tiny_recipe(cli, tmp_path):
+    argv = ["-c", CONFIGS / "tiny.yaml", "--space", CONFIGS / "space.yaml", "--run.root", tmp_path, "--num_trials=3"]
+    done = cli("search", *argv, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    assert (done.code, done.err) == (0, "")
+    rows = trials(tmp_path / "vision" / "search-tiny")
+    assert len(rows) == 3
+    assert set(rows[0]) >= set(yaml.safe_load((CONFIGS / "space.yaml").read_text()))
 
 
 def test_the_value_of_a_trial_is_its_best_validation(search):
