@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import resource
 
 import pytest
 import torch
@@ -168,3 +170,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
         files.save_checkpoint({"a": torch.zeros(3), "b": lambda: None}, path)
     assert torch.equal(files.load_checkpoint(path)["a"], torch.ones(3))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.fixture
+def quota():
+    """Sets a size beyond which no file can grow, until the test ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 70_000, 200_000, 390_000])
+def test_a_full_disk_is_an_error_that_says_so_and_names_the_file(tmp_path, quota, size):
+    """Wherever in the file it comes; torch itself speaks of unexpected positions."""
+    files, path = CheckpointFiles(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"a": torch.ones(3)}, path)
+    quota(size)
+    for tensors in ({"a": torch.zeros(100_000)}, {str(i): torch.zeros(100) for i in range(1000)}):
+        with pytest.raises(OSError, match="File too large") as full:
+            files.save_checkpoint(tensors, path)
+        assert full.value.errno == errno.EFBIG
+    assert torch.equal(files.load_checkpoint(path)["a"], torch.ones(3))

@@ -82,6 +82,7 @@ class Batches(Dataset):
         return 10
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")  # pytest has threads
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_hands_whole_batches_through_and_keeps_no_state(workers):
     loader = ResumableLoader(Batches(), batch_sampler=ResumableBatches(10, 4, 0), collate_fn=as_is, num_workers=workers)

@@ -158,6 +158,7 @@ def test_an_unreadable_image_is_named(folder, size, split):
         read()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")  # pytest has threads
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("size", [(12, 12), (80, 60)])
 def test_skipped_images_are_counted_once_and_leave_the_others_in_place(folder, size, workers):

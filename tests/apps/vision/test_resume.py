@@ -14,6 +14,8 @@ import torch
 
 from tests.apps.processes import start
 
+# Loader processes are forked from a process with threads, of pytest's too, which newer versions of Python warn about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 ALL_THAT_DRAWS = {
     "model__drop_rate": 0.1,
     "model__drop_path_rate": 0.1,
@@ -21,6 +23,7 @@ ALL_THAT_DRAWS = {
     "model__moe__controller": "loss_free",
     "data__mixup": 0.5,
     "data__rand_augment": 1,
+    "data__num_workers": 1,
     "optim__ema_decay": 0.9,
 }
 KINDS = {
