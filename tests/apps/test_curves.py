@@ -62,6 +62,12 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(tmp_path, checkpoint, kil
     assert second.file.read_text() == whole.file.read_text()
 
 
+@pytest.mark.parametrize("half", ["2", "23", "23,", "23,0.1"])
+def test_a_row_that_was_being_written_is_left_out(tmp_path, half):
+    (tmp_path / "metrics.csv").write_text(f"step,a,b\n1,0.5,0.25\n{half}")
+    assert read_curves(tmp_path / "metrics.csv") == [{"step": 1, "a": 0.5, "b": 0.25}]
+
+
 def test_nothing_logged_is_no_file(tmp_path):
     CurveLogger(tmp_path).finalize("failed")
     assert not list(tmp_path.iterdir())

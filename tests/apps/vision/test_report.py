@@ -152,6 +152,8 @@ def test_evaluation_statistics_against_one_image_at_a_time(measured):
             assert torch.equal(moecore.expert_counts(routing)[0].cpu(), counts)
             assert counts.sum() == 2 * 16  # two experts for each of 4 x 4 patches
     layer = next(iter(evaluation.routing))
+    total = evaluation.expert_counts[layer].sum(0)
+    assert list(evaluation.routing[layer].load) == pytest.approx((total / total.sum()).tolist())
     by_class = evaluation.label_counts(layer)
     assert torch.equal(by_class.sum(0), evaluation.expert_counts[layer].sum(0))
     assert torch.equal(evaluation.confusion.sum(1), torch.bincount(evaluation.labels, minlength=10))
