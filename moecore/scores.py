@@ -28,16 +28,38 @@ def gate_weight(num_experts: int, width: int, std: float = 0.02) -> nn.Parameter
 
 
 class LinearScore(nn.Module):
-    """One linear map, bias-free as in most sparse models (Switch, arXiv 2101.03961)."""
+    """One linear map, bias-free as in most sparse models (Switch, arXiv 2101.03961).
 
-    def __init__(self, width: int, num_experts: int, bias: bool = False) -> None:
+    Args:
+        width: D.
+        num_experts: E.
+        bias: whether the map has a bias.
+        temperature: divides the scores: below 1 decisions are sharper.
+        dropout: probability that an expert cannot be chosen for a token, in training; nothing is
+            dropped where all would go (Seg-MoE, arXiv 2601.21641).
+    """
+
+    def __init__(
+        self, width: int, num_experts: int, bias: bool = False, temperature: float = 1.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        require(temperature > 0, "temperature", temperature, "must be positive")
+        require(0 <= dropout < 1, "dropout", dropout, "must lie in [0, 1)")
+        self.temperature, self.dropout = temperature, dropout
         self.weight = gate_weight(num_experts, width)
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T E"]:
         """[T, D] -> [T, E]."""
-        return linear(x, self.weight, self.bias)
+        scores = linear(x, self.weight, self.bias)
+        if self.temperature != 1.0:
+            scores = scores / self.temperature
+        return self._drop(scores) if self.training and self.dropout > 0 else scores
+
+    def _drop(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        gone = torch.rand_like(scores) < self.dropout
+        gone = gone & ~gone.all(-1, keepdim=True)
+        return scores.masked_fill(gone, torch.finfo(scores.dtype).min / 2)
 
 
 class MLPScore(nn.Module):

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moecore.executors.layouts import SingleLayout
-from moecore.experts import ExpertBank, MLPBank
+from moecore.experts import ExpertBank, MLPBank, SegmentBank
 
 
 class SharedExpert(nn.Module):
@@ -16,13 +16,16 @@ class SharedExpert(nn.Module):
 
     Args:
         bank: a bank of one expert.
-        gated: whether to scale its output by `sigmoid(w x)`.
+        gated: whether to scale its output by `sigmoid(w x)`, x being the token, or the whole segment where the bank
+            is a `SegmentBank` (Seg-MoE, arXiv 2601.21641).
     """
 
     def __init__(self, bank: ExpertBank, gated: bool = False) -> None:
         super().__init__()
         self.bank = bank
-        self.gate = nn.Linear(bank.width, 1, bias=False) if gated else None
+        self.whole = isinstance(bank, SegmentBank)
+        seen = bank.length * bank.width if isinstance(bank, SegmentBank) else bank.width
+        self.gate = nn.Linear(seen, 1, bias=False) if gated else None
 
     def forward(self, x: Float[Tensor, "*T D"], onto: Float[Tensor, "*T O"]) -> Float[Tensor, "*T O"]:
         """The expert's output added to the routed output `onto`, in place.
@@ -32,7 +35,7 @@ class SharedExpert(nn.Module):
         layout = SingleLayout(0)
         if self.gate is not None or not isinstance(self.bank, MLPBank):
             y = self.bank(x, layout)
-            return onto.add_(y if self.gate is None else self.gate(x).sigmoid() * y)
+            return onto.add_(y if self.gate is None else self._share(x) * y)
         hidden = self.bank.hidden_units(x, layout).to(onto.dtype)
         down = self.bank.down[0].to(onto.dtype)
         if onto.dim() == 2:
@@ -40,3 +43,7 @@ class SharedExpert(nn.Module):
         else:
             onto.add_(hidden @ down.t())
         return onto if self.bank.down_bias is None else onto.add_(self.bank.down_bias[0])
+
+    def _share(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T 1"]:
+        """How much of the expert's output counts: one number per token, or per segment."""
+        return self.gate(x.flatten(-2)).sigmoid()[..., None] if self.whole else self.gate(x).sigmoid()

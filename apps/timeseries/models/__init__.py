@@ -1,0 +1,1 @@
+"""Forecasting models, plain `nn.Module`s on moecore blocks. No Lightning here."""
