@@ -88,6 +88,9 @@ class SegMoEConfig:
     """A gated expert that sees every segment whole, beside the routed ones."""
     block: int = 32
     """Points predicted at once; longer horizons are rolled out block by block."""
+    known_weight: float = 0.1
+    """Weight of the output's points that the input shows, against the new ones: published, every point counts the
+    same, which is known_weight = (context - block) / block."""
     dropout: float = 0.2
     """Dropout in attention, experts and before the head."""
     drop_path: float = 0.3
@@ -148,12 +151,15 @@ class MoiraiMoEConfig:
     """Dropout in attention and experts."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "d_model", "d_ff", "num_layers", "num_heads", "num_experts", "num_samples"):
+        sizes = ("patch_size", "d_model", "d_ff", "num_layers", "num_heads", "num_experts", "max_context", "num_samples")
+        for name in sizes:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         heads = self.num_heads
         require(self.d_model % heads == 0, "d_model", self.d_model, f"must be a multiple of {heads} heads")
-        require(self.d_model // heads % 2 == 0, "num_heads", heads, "must leave an even width per head")
-        require(1 <= self.top_k, "top_k", self.top_k, "must be at least 1")
+        wide = self.d_model // heads >= 4 and self.d_model // heads % 2 == 0
+        require(wide, "num_heads", heads, "must leave an even width of at least 4 per head")
+        top, most = self.top_k, self.num_experts
+        require(1 <= top and (top <= most or most == 1), "top_k", top, f"between 1 and num_experts={most}")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
 
 

@@ -1,0 +1,152 @@
+"""From windows to Moirai's tokens: scaled patches of the target and of its covariates, in one sequence.
+
+B windows, V variates (the target, then covariates), T patches of P points each on one grid, N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from apps.timeseries.models.base import Scale, Windows, filled, observed
+
+MAX_VALUE = 1e4
+"""Scaled values are cut off here, so that no square of one overflows."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Patches as a sequence, variate by variate, the target first."""
+
+    values: Float[Tensor, "B N P"]
+    """Scaled; 0 where nothing was observed."""
+    observed: Bool[Tensor, "B N P"]
+    variate: Int[Tensor, " N"]
+    """0: the target."""
+    time: Int[Tensor, " N"]
+    """Number of the patch on the grid."""
+    clock: Int[Tensor, " N"]
+    """When a token is known: others see it that are known then or later."""
+    segments: Int[Tensor, "B N"] | None = None
+    """Which of several packed series a token belongs to."""
+
+    @property
+    def valid(self) -> Bool[Tensor, "B N"]:
+        """Tokens of which at least one point was observed."""
+        return self.observed.any(-1)
+
+    def select(self, index: Bool[Tensor, " N"]) -> Tokens:
+        """Some of the tokens."""
+        segments = None if self.segments is None else self.segments[:, index]
+        sequence = (self.variate[index], self.time[index], self.clock[index])
+        return Tokens(self.values[:, index], self.observed[:, index], *sequence, segments)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Windows cut into patches on one grid; a patch starts where the horizon does."""
+
+    tokens: Tokens
+    """Of target and covariates, context and horizon; what is not known is not observed."""
+    scale: Scale
+    """Of the target; of its last segment if series are packed."""
+    context: int
+    """Patches before the horizon."""
+    length: int
+    """T, patches in all."""
+
+    @property
+    def target(self) -> Tokens:
+        """Tokens of the target alone, [B, T, P]."""
+        return self.tokens.select(self.tokens.variate == 0)
+
+
+def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahead: bool = True) -> Grid:
+    """Cut windows into tokens.
+
+    Context and horizon are padded with missing values, on the left and on the right, to whole patches. Each variate is
+    scaled by mean and deviation of what its context shows (a packed series without context: of all it shows). A patch
+    across the border of two packed series belongs to the later one.
+
+    Args:
+        windows: contexts, futures if known, covariates; `stat` is not looked at, a constant scales to nothing.
+        patch_size: P.
+        horizon: points to forecast instead of those in `windows.future`.
+        ahead: whether the target sees covariates with a known future one patch ahead, as far as it predicts. The
+            published model shows it none of the patch it predicts.
+    """
+    future = windows.future if horizon is None else None
+    points = horizon if horizon is not None else 0 if future is None else future.shape[1]
+    length = windows.past.shape[1]
+    ends = length + points
+    left, right = -length % patch_size, -points % patch_size
+    if left + ends + right < 2 * patch_size:
+        left += patch_size  # so that there is a patch to predict from, be it empty
+    parts, kinds = [windows.past if future is None else windows.sequence], [0]
+    for kind, covariates, end in ((1, windows.futr, ends), (2, windows.hist, length)):
+        if covariates is not None:
+            parts += covariates[:, :end].to(windows.past.dtype).unbind(-1)
+            kinds += [kind] * covariates.shape[-1]
+    x = torch.stack([_padded(part, left, left + ends + right) for part in parts], 1)  # [B, V, T P]
+    segments = None if windows.segments is None else _padded(windows.segments, left, x.shape[-1], -1)
+    x, segments = _one_series_per_patch(x, segments, patch_size)
+    mean, std = _scale(x, left + length, segments)
+    scaled = ((x - mean) / std).clamp(-MAX_VALUE, MAX_VALUE)
+    count = x.shape[-1] // patch_size
+    tokens = _tokens(scaled.unflatten(-1, (count, patch_size)), kinds, segments, ahead)
+    context = (left + length) // patch_size
+    hidden = torch.tensor(kinds, device=x.device)[tokens.variate] == 2
+    last = left + length - 1
+    scale = Scale(mean[:, 0, last : last + 1], std[:, 0, last : last + 1])
+    return Grid(tokens.select(~hidden | (tokens.time < context)), scale, context, count)
+
+
+def _padded(x: Tensor, left: int, size: int, value: float = torch.nan) -> Tensor:
+    return F.pad(x, (left, size - left - x.shape[1]), value=value)
+
+
+def _one_series_per_patch(x: Tensor, segments: Tensor | None, patch_size: int) -> tuple[Tensor, Tensor | None]:
+    """Give each patch the series of its last point in one, and drop the points of others."""
+    if segments is None:
+        return x, None
+    patches = segments.unflatten(-1, (-1, patch_size))
+    owner = patches.amax(-1, keepdim=True)  # series are numbered in order, and padding is below all
+    keep = (patches == owner).flatten(1)
+    return torch.where(keep[:, None], x, torch.nan), owner.expand_as(patches).flatten(1)
+
+
+def _scale(x: Float[Tensor, "B V M"], context: int, segments: Int[Tensor, "B M"] | None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (correction 1) for every point, [B, V, M]; deviation 1 where there is none.
+
+    A deviation that is but rounding of a large constant counts as none. Sums, not products of matrices: mixed
+    precision must not touch them.
+    """
+    groups = torch.zeros_like(x[:, 0], dtype=torch.long) if segments is None else segments + 1
+    member = F.one_hot(groups, int(groups.max()) + 1 if segments is not None else 1)[:, None].bool()  # [B, 1, M, S]
+    mask = observed(x)[..., None] & member  # [B, V, M, S]
+    shown = mask & (torch.arange(x.shape[-1], device=x.device) < context)[:, None]
+    mask = torch.where(shown.any(2, keepdim=True), shown, mask)
+    count = mask.sum(2, keepdim=True)
+    values = filled(x)[..., None]
+    mean = torch.where(mask, values, 0.0).sum(2, keepdim=True) / count.clamp(min=1)
+    square = torch.where(mask, values - mean, 0.0).square().sum(2, keepdim=True)
+    std = (square / (count - 1).clamp(min=1)).sqrt()
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+    per_point = [torch.where(member, stat, 0.0).sum(-1) for stat in (mean, std)]
+    return per_point[0].expand_as(x), per_point[1].expand_as(x)
+
+
+def _tokens(patches: Float[Tensor, "B V T P"], kinds: list[int], segments: Tensor | None, ahead: bool) -> Tokens:
+    variates, count, size = patches.shape[1:]
+    kind = torch.tensor(kinds, device=patches.device).repeat_interleave(count)
+    time = torch.arange(count, device=patches.device).repeat(variates)
+    clock = time - (kind == 1).long() if ahead else time
+    variate = torch.arange(variates, device=patches.device).repeat_interleave(count)
+    if segments is not None:
+        segments = segments[:, ::size].repeat(1, variates)
+    patches = patches.flatten(1, 2)
+    return Tokens(filled(patches), observed(patches), variate, time, clock, segments)
