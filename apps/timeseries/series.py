@@ -129,7 +129,7 @@ def _season_of_one(offset: pd.offsets.BaseOffset) -> int:
         step = pd.Timedelta(offset).total_seconds()
         season = 3600 if step < 60 else DAY if step < DAY else 7 * DAY
         return round(season / step) * offset.n if step >= 1 and season % step == 0 else 1
-    name = offset.name.split("-")[0]
+    name = offset.rule_code.split("-")[0]
     if name in ("W", "B", "C"):
         return 52 if name == "W" else 5
     return PER_YEAR.get(re.sub(r"^C?B?|[SE]$", "", name), 1)
