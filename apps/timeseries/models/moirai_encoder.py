@@ -22,6 +22,17 @@ EPS = 1e-5
 """Of all norms."""
 
 
+class Norm(nn.RMSNorm):
+    """RMS norm in the precision of its weights, also under autocast."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """[..., D] -> [..., D]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def rotate(x: Float[Tensor, "*B N W"], time: Int[Tensor, " N"], base: float = 10000.0) -> Float[Tensor, "*B N W"]:
     """Rotary positions (arXiv 2104.09864) in the first half of a head's width; neighbours are a pair, as published."""
     width = x.shape[-1] // 4 * 2
@@ -70,7 +81,7 @@ class AnyVariateAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.query_norm, self.key_norm = (nn.RMSNorm(width // heads, eps=EPS) for _ in range(2))
+        self.query_norm, self.key_norm = (Norm(width // heads) for _ in range(2))
         self.variate_bias = nn.Parameter(torch.zeros(2, heads))
         """Row 0: for keys of another variate; row 1: of the same."""
 
@@ -168,7 +179,7 @@ class Block(nn.Module):
 
     def __init__(self, config: MoiraiMoEConfig) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(config.d_model, eps=EPS) for _ in range(2))
+        self.norm1, self.norm2 = (Norm(config.d_model) for _ in range(2))
         self.attention = AnyVariateAttention(config.d_model, config.num_heads, config.dropout)
         self.ffn = make_ffn(config)
 
@@ -201,7 +212,8 @@ class PatchEmbedding(nn.Module):
         """[..., P] -> [..., D]."""
         values = values.to(self.inner.weight.dtype)
         missing = self.missing((~observed).to(values.dtype))
-        return self.outer(F.silu(self.inner(values))) + self.residual(values) + missing
+        x = self.outer(F.silu(self.inner(values))) + self.residual(values) + missing
+        return x.to(values.dtype)  # the residual stream keeps its precision under autocast
 
 
 class Encoder(nn.Module):
@@ -211,7 +223,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = PatchEmbedding(config.patch_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=EPS)
+        self.norm = Norm(config.d_model)
 
     def forward(self, tokens: Tokens, caches: list[Cache] | None = None) -> Float[Tensor, "B N D"]:
         """Hidden states of all tokens; adds one cache per layer to `caches`, if given."""

@@ -78,12 +78,12 @@ def published_config(published: Mapping, state: Mapping[str, Tensor], num_sample
     """
     try:
         (patch_size,) = published["patch_sizes"]
-        sizes = {name: published[name] for name in ("d_model", "d_ff", "num_layers")}
-        tokens, outputs = published["max_seq_len"], published["distr_output"]["components"]
+        sizes = {name: int(published[name]) for name in ("d_model", "d_ff", "num_layers")}
+        tokens, outputs = int(published["max_seq_len"]), published["distr_output"]["components"]
+        names = [output["_target_"].removeprefix("uni2ts.distribution.") for output in outputs]
         num_experts = state["encoder.centroid"].shape[1]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"config.json: not that of a Moirai-MoE: {error}") from None
-    names = [output.get("_target_", "").removeprefix("uni2ts.distribution.") for output in outputs]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"pretrained: not a Moirai-MoE: {type(error).__name__}: {error}") from None
     if names != [name for name, _ in _OUTPUTS] or outputs[1].get("scale", FIXED_SCALE) != FIXED_SCALE:
         raise UserError(f"config.json: distr_output={names}: only {', '.join(COMPONENTS)} can be loaded")
     if not published.get("scaling", True):
