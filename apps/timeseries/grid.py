@@ -141,16 +141,16 @@ def odd_rows(rest: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
 
 
 def anchored(freq: str | int, stamps: Stamps) -> str | int:
-    """The frequency with the weekday or month that the first row has, where the calendar needs one."""
+    """The frequency with the weekday or month that most rows have, where the calendar needs one."""
     if stamps.integer:
         return freq
     offset = parse_freq(str(freq))
     name = offset.rule_code.partition("-")[0]
-    day = stamps.wall[:1] // DAY
+    days = stamps.wall // DAY
     if name == "W":
-        return _multiple(offset.n, f"W-{WEEKDAYS[_weekday(day)[0]]}")
+        return _multiple(offset.n, f"W-{WEEKDAYS[_commonest(_weekday(days))]}")
     if _span(name) > 1:
-        return _multiple(offset.n, f"{name}-{MONTHS[_months(day)[0] % 12]}")
+        return _multiple(offset.n, f"{name}-{MONTHS[_commonest(_months(days) % 12)]}")
     return freq
 
 
