@@ -143,6 +143,9 @@ class MoiraiMoEConfig:
     centroids_from: str | None = None
     """Checkpoint or run folder of a dense run of the same sizes: its weights are the start, and the k-means centroids
     of its attention outputs the router. null: random centroids."""
+    known_ahead: bool = True
+    """A patch is predicted with covariates known over that very patch; false: only up to the patch before, as
+    published."""
     max_context: int = 4096
     """Longest context in points."""
     num_samples: int = 100

@@ -1,13 +1,12 @@
 """From a dense Moirai to Moirai-MoE: centroids of what its FFNs see, and experts from its FFNs.
 
-Moirai-MoE (arXiv 2410.10469) clusters the attention outputs of a pretrained dense model by k-means; the
-centroids then stand in for a router and stay as they are. Starting the experts from the dense FFNs is sparse upcycling
-(arXiv 2212.05055).
+Moirai-MoE (arXiv 2410.10469) clusters the attention outputs of a pretrained dense model by k-means; the centroids then
+stand in for a router and stay as they are. Starting the experts from the dense FFNs is sparse upcycling (arXiv
+2212.05055).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 import moecore
 from apps.errors import UserError
-from apps.timeseries.model_settings import MoiraiMoEConfig
 from apps.timeseries.models.base import Windows
 from apps.timeseries.models.moirai_moe import MoiraiMoE
 from apps.timeseries.models.moirai_tokens import make_grid
@@ -35,7 +33,7 @@ def ffn_inputs(model: MoiraiMoE, windows: Windows) -> Float[Tensor, "layers T D"
     training = model.training
     model.eval()
     try:
-        tokens = make_grid(windows, model.config.patch_size, ahead=model.ahead).tokens
+        tokens = make_grid(windows, model.config.patch_size, ahead=model.config.known_ahead).tokens
         model.encoder(tokens)
     finally:
         model.train(training)
@@ -104,14 +102,14 @@ def initialise_from_dense(
 
     Args:
         model: the model to be; changed in place, and returned.
-        dense_state: `state_dict` of a `MoiraiMoE` with the same configuration but `num_experts=1`.
+        dense_state: `state_dict` of a `MoiraiMoE` with the same configuration but `dense=True`.
         batches: of training windows.
         seed: of the choice of tokens and of k-means.
 
     Raises:
         UserError: for weights of another model, or too few data.
     """
-    dense = MoiraiMoE(dense_config(model.config), model.ahead)
+    dense = MoiraiMoE(model.config, dense=True)
     try:
         dense.load_state_dict(dict(dense_state))
     except RuntimeError as error:
@@ -119,8 +117,3 @@ def initialise_from_dense(
         raise UserError(f"centroids_from: not the weights of a dense run of the same sizes: {reason}") from None
     dense.to(next(model.parameters()).device)
     return start_from_dense(model, dense, fit_centroids(dense, batches, model.config.num_experts, seed))
-
-
-def dense_config(config: MoiraiMoEConfig) -> MoiraiMoEConfig:
-    """The dense twin: a plain FFN of equal active multiply-adds in every block."""
-    return dataclasses.replace(config, num_experts=1, centroids_from=None)

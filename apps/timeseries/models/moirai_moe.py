@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import moecore
@@ -31,16 +31,17 @@ class MoiraiMoE(ForecastModel):
     balance loss. Constants of a series (`Windows.stat`) scale to nothing and are not looked at.
 
     Args:
-        config: sizes; `num_experts=1` makes the dense model that centroids are fitted on.
-        ahead: whether a patch may be predicted from covariates known over that very patch. The published model, which
-            predicts all variates alike, sees them only up to the patch before.
+        config: sizes.
+        dense: the twin whose FFNs are plain, of equal active multiply-adds, as `num_experts=1` makes too: centroids are
+            fitted on it.
     """
 
     probabilistic = True
 
-    def __init__(self, config: MoiraiMoEConfig, ahead: bool = True) -> None:
+    def __init__(self, config: MoiraiMoEConfig, dense: bool = False) -> None:
         super().__init__()
-        self.config, self.ahead, self.max_context = config, ahead, config.max_context
+        config = dataclasses.replace(config, num_experts=1) if dense else config
+        self.config, self.max_context = config, config.max_context
         self.encoder = Encoder(config)
         self.head = MixtureHead(config.d_model, config.patch_size)
 
@@ -59,7 +60,7 @@ class MoiraiMoE(ForecastModel):
 
         A patch counts if something of its series was observed before it.
         """
-        grid = make_grid(windows, self.config.patch_size, ahead=self.ahead)
+        grid = make_grid(windows, self.config.patch_size, ahead=self.config.known_ahead)
         target, steps = grid.target, grid.length - 1
         inputs = grid.tokens.select(grid.tokens.clock < steps)
         hidden = self.encoder(inputs)[:, :steps]  # the target comes first
@@ -80,6 +81,16 @@ class MoiraiMoE(ForecastModel):
         return Forecast(median, torch.stack(rows, 1) if rows else None)
 
     @torch.no_grad()
+    def trace(self, windows: Windows) -> Int[Tensor, " N"]:
+        """One pass over the contexts: patches of the target, then of each covariate."""
+        past = dataclasses.replace(windows, future=None, segments=None)
+        grid = make_grid(past, self.config.patch_size, ahead=self.config.known_ahead)
+        tokens = grid.tokens.select(grid.tokens.time < grid.context)
+        self.encoder(tokens)
+        padding = grid.context * self.config.patch_size - windows.past.shape[1]
+        return (tokens.time * self.config.patch_size - padding).clamp(min=0)
+
+    @torch.no_grad()
     def sample(self, windows: Windows, horizon: int, num_samples: int | None = None) -> Float[Tensor, "B S H"]:
         """Sample paths of the future, in the units of the windows.
 
@@ -95,7 +106,7 @@ class MoiraiMoE(ForecastModel):
         return torch.cat([self._paths(part, horizon, count) for part in parts])
 
     def _paths(self, windows: Windows, horizon: int, count: int) -> Float[Tensor, "B S H"]:
-        grid = make_grid(windows, self.config.patch_size, horizon, self.ahead)
+        grid = make_grid(windows, self.config.patch_size, horizon, self.config.known_ahead)
         tokens, last = grid.tokens, grid.context - 1
         encoder = PathEncoder(self.encoder, tokens.select(tokens.clock <= last))
         patch = self.head(encoder.context[:, last]).sample((count,)).transpose(0, 1)  # [B, S, P]

@@ -1,8 +1,8 @@
 """Published Moirai-MoE checkpoints: a folder with `config.json` and `model.safetensors`, in uni2ts's names.
 
 What differs from a model trained here: experts are those of the farthest centroids, and covariates known in the future
-are seen only up to the patch before the one predicted (`ahead=False`). Published inference fills gaps by the mean of
-what came before and adds 1e-5 to variances; here gaps enter at the mean of the context, and nothing is added.
+are seen only up to the patch before the one predicted (`known_ahead=False`). Published inference fills gaps by the mean
+of what came before and adds 1e-5 to variances; here gaps enter at the mean of the context, and nothing is added.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def from_pretrained(folder: str | Path, num_samples: int = 100) -> MoiraiMoE:
         reason = " ".join(str(error).split())
         raise UserError(f"pretrained={folder}: no config.json and model.safetensors to read: {reason}") from None
     try:
-        model = MoiraiMoE(published_config(published, state, num_samples), ahead=False)
+        model = MoiraiMoE(published_config(published, state, num_samples))
     except ConfigError as error:
         raise UserError(f"pretrained={folder}: config.json has {error}") from None
     load_published(model, state)
@@ -95,6 +95,7 @@ def published_config(published: Mapping, state: Mapping[str, Tensor], num_sample
         num_experts=num_experts,
         top_k=TOP_K,
         prefer="farthest",
+        known_ahead=False,
         max_context=tokens * patch_size,
         num_samples=num_samples,
         dropout=published.get("dropout_p", 0.0),

@@ -14,7 +14,6 @@ from apps.timeseries.model_settings import MoiraiMoEConfig
 from apps.timeseries.models import centroids as module
 from apps.timeseries.models.base import Windows
 from apps.timeseries.models.centroids import (
-    dense_config,
     ffn_inputs,
     fit_centroids,
     initialise_from_dense,
@@ -29,7 +28,7 @@ CONFIG = MoiraiMoEConfig(
 
 @pytest.fixture
 def dense() -> MoiraiMoE:
-    return MoiraiMoE(dense_config(CONFIG))
+    return MoiraiMoE(CONFIG, dense=True)
 
 
 def batches(count: int = 3, size: int = 8) -> list[Windows]:
@@ -138,13 +137,11 @@ def test_training_goes_on_where_the_dense_model_stopped(dense):
 
 def test_weights_of_another_model_are_one_line():
     sparse = MoiraiMoE(CONFIG)
-    for other in (
-        CONFIG,
-        dense_config(dataclasses.replace(CONFIG, d_ff=8)),
-        dense_config(dataclasses.replace(CONFIG, num_layers=3)),
-    ):
+    others = [MoiraiMoE(CONFIG)]
+    others += [MoiraiMoE(dataclasses.replace(CONFIG, **size), dense=True) for size in ({"d_ff": 8}, {"num_layers": 3})]
+    for other in others:
         with pytest.raises(UserError, match="centroids_from: not the weights of a dense run") as caught:
-            initialise_from_dense(sparse, MoiraiMoE(other).state_dict(), batches(1))
+            initialise_from_dense(sparse, other.state_dict(), batches(1))
         assert "\n" not in str(caught.value)
 
 

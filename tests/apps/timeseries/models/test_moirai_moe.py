@@ -26,9 +26,9 @@ TINY = MoiraiMoEConfig(
 NAN = math.nan
 
 
-def model(ahead: bool = True, **changes) -> MoiraiMoE:
+def model(**changes) -> MoiraiMoE:
     """In double precision, with biases that tell variates apart."""
-    made = MoiraiMoE(dataclasses.replace(TINY, **changes), ahead).double().eval()
+    made = MoiraiMoE(dataclasses.replace(TINY, **changes)).double().eval()
     for block in made.encoder.blocks:
         torch.nn.init.normal_(block.attention.variate_bias)
     return made
@@ -51,14 +51,14 @@ def forecast(made: MoiraiMoE, given: Windows, horizon: int = 10) -> Tensor:
 
 def hidden(made: MoiraiMoE, given: Windows) -> tuple[Tensor, Tensor]:
     """Hidden states of all tokens, and when each is known."""
-    tokens = make_grid(given, P, ahead=made.ahead).tokens
+    tokens = make_grid(given, P, ahead=made.config.known_ahead).tokens
     with torch.no_grad():
         return made.encoder(tokens), tokens.clock
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_the_future_changes_nothing_before(ahead):
-    made, given = model(ahead), windows(futr=1, hist=1)
+    made, given = model(known_ahead=ahead), windows(futr=1, hist=1)
     before, clock = hidden(made, given)
     future = given.future.clone()
     future[:, P:] += 1  # from patch 6 on: the horizon starts with patch 5
@@ -70,7 +70,7 @@ def test_the_future_changes_nothing_before(ahead):
 @pytest.mark.parametrize(("ahead", "first"), [(True, 5), (False, 6)])
 def test_known_covariates_are_seen_as_far_as_the_target_predicts(ahead, first):
     """Those of patch 6 already by the token that predicts it, or as published by the one after."""
-    made, given = model(ahead), windows(futr=1)
+    made, given = model(known_ahead=ahead), windows(futr=1)
     before, clock = hidden(made, given)
     futr = given.futr.clone()
     futr[:, 24:28] += 1
@@ -262,6 +262,20 @@ def test_a_dense_model_costs_what_the_experts_do():
     assert dense.loss(windows()).isfinite()
 
 
+def test_a_dense_twin_is_a_model_of_one_expert():
+    twin = MoiraiMoE(TINY, dense=True)
+    assert twin.config.num_experts == 1
+    assert twin.state_dict().keys() == model(num_experts=1).state_dict().keys()
+
+
+@pytest.mark.parametrize(("length", "starts"), [(12, [0, 4, 8]), (10, [0, 2, 6]), (3, [0, 0])])
+def test_where_routed_tokens_begin(length, starts):
+    made, given = model(), windows(length, 8, futr=1, hist=1)
+    with moecore.record(made) as recording:
+        assert made.trace(given).tolist() == starts * 3
+    assert [routing.lead for routing in recording] == [(3, 3 * len(starts))] * 2
+
+
 def test_rotation_is_relative_and_leaves_half_of_the_width():
     x, y, time = torch.randn(2, 9, 16), torch.randn(2, 9, 16), torch.arange(9)
     assert torch.equal(rotate(x, time)[..., 8:], x[..., 8:])
@@ -348,7 +362,7 @@ def test_a_future_beyond_all_bounds():
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_gradients_reach_every_weight(ahead):
-    made, given = model(ahead, top_k=4), windows(24, 16, futr=1, hist=1, batch=8)
+    made, given = model(known_ahead=ahead, top_k=4), windows(24, 16, futr=1, hist=1, batch=8)
     given.past[:, 3] = NAN
     made.loss(given).backward()
     unreached = [name for name, p in made.named_parameters() if p.grad is None or not p.grad.any()]
