@@ -174,7 +174,8 @@ def _short(value: object) -> str:
 def stamps(table: Table, name: str) -> Stamps:
     """A column of times, in their time zone (UTC where rows differ in it), or of integers.
 
-    Eight-digit integers that are dates (20240131) are taken as such.
+    Eight-digit integers that are dates (20240131) are taken as such. Days come before months where only that reads all
+    rows (31/01/2024).
 
     Raises:
         UserError: a row without a time, or with something else.
@@ -209,7 +210,7 @@ def _integer_stamps(table: Table, name: str) -> Stamps:
         )
     integers = table.frame[name].to_numpy(np.int64)
     if len(integers) and (integers > 19_000_101).all() and (integers < 21_000_101).all():
-        dates = pd.to_datetime(pd.Series(integers), format="%Y%m%d", errors="coerce")
+        dates = pd.to_datetime(pd.Series(integers).astype(str), format="%Y%m%d", errors="coerce")
         if dates.notna().all():
             return Stamps.of(pd.DatetimeIndex(dates))
     return Stamps.of(pd.Index(integers))
