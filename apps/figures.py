@@ -27,7 +27,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
             axes.plot(steps, values, label=name, color=expert_color(i), linewidth=1.6, marker="o" * (len(steps) < 3))
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
-        _clean(axes)
+        clean(axes)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
     return figure
@@ -44,23 +44,39 @@ def load_over_time(layers: Mapping[str, tuple[Sequence[float], np.ndarray]]) -> 
         axes.stackplot(steps, shares.T, colors=colors, linewidth=0.4, edgecolor="white")
         axes.set_title(name, loc="left", fontsize=10)
         axes.set(xlabel="step", ylim=(0, 1), xlim=(steps[0], max(steps[-1], steps[0] + 1)))
-        _clean(axes)
+        clean(axes)
     for axes in list(grid):
         axes.set_axis_off()
     return figure
 
 
 def heatmaps(
-    maps: Mapping[str, np.ndarray], rows: Sequence[str], row_label: str, column_label: str, vmax: float | None = None
+    maps: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    row_label: str,
+    column_label: str,
+    vmax: float | None = None,
+    signed: bool = False,
 ) -> Figure:
-    """One matrix per title, rows named, columns numbered, each cell's value by its shade."""
+    """One matrix per title, rows named, columns numbered, each cell's value by its shade.
+
+    Args:
+        maps: matrices with equal rows.
+        rows: names.
+        row_label: what the rows are.
+        column_label: what the columns are.
+        vmax: value of the darkest shade; None: the largest of each matrix.
+        signed: values on both sides of zero, in two colours, up to `vmax` or the largest deviation of each matrix.
+    """
     columns = min(3, len(maps))
     lines = -(-len(maps) // columns)
     height = max(2.2, 0.22 * len(rows) + 0.9)
     figure = Figure(figsize=(10, min(height, 30) * lines), layout="constrained")
     grid = list(np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).flat)
     for i, (axes, (title, values)) in enumerate(zip(grid, maps.items(), strict=False)):
-        picture = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=vmax or values.max())
+        top = vmax or float(np.abs(values).max())
+        shades = {"cmap": "RdBu_r", "vmin": -top, "vmax": top} if signed else {"cmap": "Blues", "vmin": 0, "vmax": top}
+        picture = axes.imshow(values, aspect="auto", **shades)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(column_label)
         axes.set_xticks(range(values.shape[1]) if values.shape[1] <= 16 else [0, values.shape[1] - 1])
@@ -114,7 +130,7 @@ def bars(values: Mapping[str, float], marks: Mapping[str, float], label: str, ma
     axes.set_xlabel(label)
     axes.set_xlim(0, max(0.05, 1.15 * max(*values.values(), *marks.values())))
     figure.legend(frameon=False, fontsize=8, loc="outside upper right")
-    _clean(axes)
+    clean(axes)
     return figure
 
 
@@ -125,7 +141,8 @@ def _name_rows(axes, rows: Sequence[str]) -> None:
         axes.set_yticks([0, len(rows) - 1], [rows[0], rows[-1]])
 
 
-def _clean(axes) -> None:
+def clean(axes) -> None:
+    """Take away what frames and ticks have too much."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c8ced8")
     axes.tick_params(colors=GREY, labelsize=8)
