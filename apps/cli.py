@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +42,13 @@ class App:
     """One line for `--help`."""
     config: type
     """Dataclass of all its settings; must have a section `run: RunConfig`."""
+    arguments: Mapping[str, type] = field(default_factory=dict)
+    """Verb -> its arguments, where they differ from those of `apps.verbs`."""
+
+    @property
+    def verbs(self) -> dict[str, type]:
+        """Every verb with its arguments."""
+        return VERBS | dict(self.arguments)
 
     def call(self, verb: str, config: object, args: object, source: str | None) -> None:
         """Run a verb: function `verb(config, args, source)` of `apps.<app>.verbs`."""
@@ -106,7 +113,7 @@ def _run(app: App, argv: list[str]) -> None:
         parser.set_defaults(tree.flatten(tree.plain(stored)))
         values = _parse(parser, rest) | {"ckpt_path": str(checkpoint)}
     source = str(values["config"][-1]) if values["config"] else None
-    app.call(verb, tree.build(app.config, values), tree.build(VERBS[verb], values), source)
+    app.call(verb, tree.build(app.config, values), tree.build(app.verbs[verb], values), source)
 
 
 def _files_first(argv: Sequence[str]) -> list[str]:
@@ -142,7 +149,7 @@ def _checkpoint(app: App, verb: str, values: Mapping[str, Any]) -> Path | None:
 
 def make_parser(app: App, verb: str) -> ArgumentParser:
     """The parser of one verb: the app's settings and the verb's arguments."""
-    arguments = VERBS[verb]
+    arguments = app.verbs[verb]
     parser = _Parser(
         prog=f"python -m apps.{app.name} {verb}", description=arguments.__doc__, allow_abbrev=False, default_env=False
     )
@@ -154,7 +161,7 @@ def make_parser(app: App, verb: str) -> ArgumentParser:
 
 def _overview(app: App) -> str:
     lines = [f"{app.title}", "", f"usage: python -m apps.{app.name} VERB [-c FILE] [--section.field VALUE ...]", ""]
-    lines += [f"  {name:<10} {_first_line(verb)}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<10} {_first_line(verb)}" for name, verb in app.verbs.items()]
     lines += ["", f"`python -m apps.{app.name} VERB --help` lists every setting of a verb.", ""]
     return "\n".join(lines)
 

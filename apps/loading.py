@@ -61,6 +61,13 @@ def derive_seed(*parts: int) -> int:
     return state & 0x7FFFFFFFFFFFFFFF
 
 
+def limited(limit: int | float | None, batches: int) -> int:
+    """Lightning's `limit_train_batches` as a number of batches."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 class ResumableLoader(DataLoader):
     """A loader whose position Lightning's progress counters define: nothing of its own to save."""
 

@@ -182,6 +182,7 @@ class SegmentBank(ExpertBank):
         hidden: F, hidden units per expert.
         activation: as for `MLPBank`.
         bias: whether the linear maps have biases.
+        dropout: on the hidden units, in training.
     """
 
     def __init__(
@@ -192,11 +193,12 @@ class SegmentBank(ExpertBank):
         hidden: int,
         activation: str | Activation = "gelu",
         bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(num_experts, width)
         require(length >= 1, "length", length, "must be at least 1")
         self.length = length
-        self.mlp = MLPBank(num_experts, length * width, hidden, activation, bias)
+        self.mlp = MLPBank(num_experts, length * width, hidden, activation, bias, dropout)
 
     def forward(self, x: Float[Tensor, "*R L D"], layout: Layout) -> Float[Tensor, "*S L D"]:
         """[R, L, D] -> [R, L, D]."""

@@ -64,18 +64,18 @@ class SegMoEConfig:
     """Seg-MoE (arXiv 2601.21641): a patch encoder whose experts are chosen per segment of consecutive patches."""
 
     patch_size: int = 16
-    """Points per patch."""
-    d_model: int = 64
+    """Points per patch; a whole season, or a part of one, suits best."""
+    d_model: int = 32
     """Width."""
-    d_ff: int = 128
-    """Hidden units of an expert per token."""
-    num_layers: int = 4
+    d_ff: int = 64
+    """Hidden units of an expert per patch."""
+    num_layers: int = 2
     """Blocks."""
     num_heads: int = 4
     """Attention heads."""
     num_kv_heads: int = 2
     """Heads of keys and values (grouped-query attention)."""
-    segments: tuple[int, ...] = (3, 5, 5, 5)
+    segments: tuple[int, ...] = (3, 5)
     """Patches per segment in each block, the last repeated for blocks beyond; 1 routes every patch by itself."""
     num_experts: int = 4
     """Routed experts per block."""
@@ -86,26 +86,31 @@ class SegMoEConfig:
     abstract)."""
     shared: bool = True
     """A gated expert that sees every segment whole, beside the routed ones."""
-    block: int = 32
-    """Points predicted at once; longer horizons are rolled out block by block."""
-    known_weight: float = 0.1
-    """Weight of the output's points that the input shows, against the new ones: published, every point counts the
-    same, which is known_weight = (context - block) / block."""
+    head: Literal["direct", "shift"] = "direct"
+    """direct: one linear map from all patches to the block (as PatchTST); shift: as published, every patch gives the
+    patch that is one block later, and what the input shows is learned from too."""
+    seasonal: bool = True
+    """Add a linear map over the seasons of the context, the same for every phase (as SparseTSF): a start that the
+    experts then correct. Not in the published model."""
+    block: int | None = None
+    """Points predicted at once; longer horizons are rolled out block by block. null: data.horizon."""
+    loss: Literal["mae", "huber"] = "mae"
+    """Of each point; published: huber, with its delta at 2 deviations of the context."""
+    loss_horizons: tuple[int, ...] = ()
+    """Weight points so that the loss is the mean of those at these horizons; none: all points of the block alike."""
     dropout: float = 0.2
     """Dropout in attention, experts and before the head."""
     drop_path: float = 0.3
     """Stochastic depth of the last block, rising linearly from 0."""
     router_dropout: float = 0.1
-    """Dropout on the router's probabilities, in training."""
+    """Probability that an expert cannot be chosen for a segment, in training."""
     temperature: float = 1.0
     """Divides the router's logits."""
     aux_loss: float = 0.02
     """Coefficient of each layer's balance loss."""
-    huber_delta: float = 2.0
-    """Where the loss turns from squares to absolute values, in deviations of the context."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "num_experts", "block"):
+        for name in ("patch_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "num_experts"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         heads, kv = self.num_heads, self.num_kv_heads
         require(self.d_model % heads == 0, "d_model", self.d_model, f"must be a multiple of {heads} heads")
@@ -117,7 +122,8 @@ class SegMoEConfig:
         for name in ("dropout", "drop_path", "router_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        require(self.huber_delta > 0, "huber_delta", self.huber_delta, "must be positive")
+        require(self.block is None or self.block >= 1, "block", self.block, "must be at least 1, or null")
+        require(all(h >= 1 for h in self.loss_horizons), "loss_horizons", self.loss_horizons, "positive numbers")
 
 
 @dataclass
@@ -154,7 +160,16 @@ class MoiraiMoEConfig:
     """Dropout in attention and experts."""
 
     def __post_init__(self) -> None:
-        sizes = ("patch_size", "d_model", "d_ff", "num_layers", "num_heads", "num_experts", "max_context", "num_samples")
+        sizes = (
+            "patch_size",
+            "d_model",
+            "d_ff",
+            "num_layers",
+            "num_heads",
+            "num_experts",
+            "max_context",
+            "num_samples",
+        )
         for name in sizes:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         heads = self.num_heads
@@ -162,7 +177,7 @@ class MoiraiMoEConfig:
         wide = self.d_model // heads >= 4 and self.d_model // heads % 2 == 0
         require(wide, "num_heads", heads, "must leave an even width of at least 4 per head")
         top, most = self.top_k, self.num_experts
-        require(1 <= top and (top <= most or most == 1), "top_k", top, f"between 1 and num_experts={most}")
+        require(top >= 1 and (top <= most or most == 1), "top_k", top, f"between 1 and num_experts={most}")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
 
 

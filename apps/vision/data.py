@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from apps.errors import UserError
-from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed
+from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed, limited
 from apps.progress import track
 from apps.training import count_steps
 from apps.vision import augment
@@ -183,7 +183,7 @@ class VisionData(LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
-        batches.limit = _limit(trainer.limit_train_batches, len(batches))
+        batches.limit = limited(trainer.limit_train_batches, len(batches))
         return batches
 
     def training_steps(self) -> int:
@@ -213,13 +213,6 @@ class VisionData(LightningDataModule):
             workers = 0 if images.pixels is not None else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
         pin = torch.cuda.is_available()
         return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin}
-
-
-def _limit(limit: int | float | None, batches: int) -> int:
-    """Lightning's `limit_train_batches` as a number of batches."""
-    if limit is None:
-        return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _natural(name: str) -> tuple[bool, int, str]:

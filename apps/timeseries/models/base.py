@@ -97,8 +97,18 @@ class ForecastModel(nn.Module, ABC):
             quantiles: levels in (0, 1); only probabilistic models look at them.
         """
 
+    def trace(self, windows: Windows) -> Int[Tensor, " P"]:
+        """One pass over the contexts, for what `moecore.record` sees of it.
 
-def observed(x: Tensor) -> Bool[Tensor, "..."]:
+        Returns:
+            Where in the context each of the P positions that layers see begins, in points; empty where layers see the
+            context as a whole. A layer with fewer units (segments) spreads them evenly over the positions.
+        """
+        self.forecast(windows, 1)
+        return torch.empty(0, dtype=torch.long)
+
+
+def observed(x: Tensor) -> Bool[Tensor, ...]:
     """Where there is a value."""
     return torch.isfinite(x)
 
@@ -124,7 +134,7 @@ class Scale:
         """To mean 0 and deviation 1; NaN stays NaN."""
         return (x - self.mean) / self.std
 
-    def restore(self, x: Float[Tensor, "B *N"]) -> Float[Tensor, "B *N"]:
+    def restore(self, x: Float[Tensor, B *N]) -> Float[Tensor, B *N]:
         """Back to the units of the windows; for `[B, N]` and `[B, Q, N]`."""
         lead = (-1, *[1] * (x.dim() - 1))
         return x * self.std.view(lead) + self.mean.view(lead)

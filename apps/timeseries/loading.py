@@ -1,0 +1,79 @@
+"""Trained forecasters from checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from apps.errors import UserError
+from apps.runs import load_checkpoint
+from apps.timeseries.forecasting import Intervals
+from apps.timeseries.models.base import ForecastModel
+from apps.timeseries.models.build import FAMILIES, build_model
+from apps.timeseries.models.spec import SeriesSpec
+from apps.timeseries.settings import TimeseriesConfig
+from apps.training import check_fits
+from apps.tree import restore
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its weights, and where they came from."""
+
+    model: ForecastModel
+    config: TimeseriesConfig
+    spec: SeriesSpec
+    path: Path | None
+    """Of the checkpoint; None for weights that come otherwise."""
+    intervals: Intervals | None
+    """What widens points to quantiles."""
+
+    @property
+    def title(self) -> str:
+        """The model's name in tables and columns."""
+        return FAMILIES[self.config.model.name].title
+
+
+def load_trained(path: Path, config: TimeseriesConfig | None = None) -> Trained:
+    """The model of a checkpoint, on the GPU if there is one.
+
+    Args:
+        path: of the checkpoint.
+        config: settings to build it by; None: those it was trained with.
+
+    Raises:
+        UserError: if the weights are of another architecture.
+    """
+    checkpoint = load_checkpoint(path, "timeseries")
+    config = config or restore(TimeseriesConfig, checkpoint["config"])
+    spec = SeriesSpec.from_plain(checkpoint["spec"])
+    model = build_model(config.model, spec)
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    check_fits(state, model, path)
+    model.load_state_dict(state)
+    intervals = Intervals.from_plain(checkpoint.get("intervals"))
+    return Trained(_on_device(model, config), config, spec, path, intervals)
+
+
+def load_untrained(config: TimeseriesConfig) -> Trained:
+    """A model that needs no checkpoint of ours: published Time-MoE weights, or one that learns nothing.
+
+    Raises:
+        UserError: if the configured model must be trained first.
+    """
+    ready = config.model.name == "seasonal_naive" or (
+        config.model.name == "timemoe" and config.model.timemoe.pretrained is not None
+    )
+    if not ready:
+        raise UserError(f"ckpt_path: is required for model.name={config.model.name}; train first, then give `last`")
+    data = config.data
+    spec = SeriesSpec(data.context, data.horizon, data.season or 1)
+    model = build_model(config.model, spec)
+    return Trained(_on_device(model, config), config, spec, None, None)
+
+
+def _on_device(model: ForecastModel, config: TimeseriesConfig) -> ForecastModel:
+    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    return model.to(device).eval()
