@@ -50,7 +50,7 @@ class NegativeBinomial:
 
     def sample(self, shape: torch.Size) -> Float[Tensor, "*S N"]:
         """Whole numbers, by way of a Poisson whose rate is gamma-distributed."""
-        rate = Gamma(self.total_count, 1.0, validate_args=False).sample(shape) * self.logits.clamp(max=20.0).exp()
+        rate = Gamma(self.total_count, 1.0, validate_args=False).sample(shape) * self.logits.exp()
         return torch.poisson(rate.clamp(max=MAX_SAMPLE))
 
 

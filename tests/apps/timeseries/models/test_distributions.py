@@ -123,6 +123,12 @@ def test_extreme_parameters_give_bounded_samples():
     assert samples.abs().max() <= MAX_SAMPLE
 
 
+def test_large_counts_stay_counts():
+    raw = only("negative_binomial").raw.float()
+    raw[9] = 100.0  # a mean beyond float32
+    assert (Mixture(raw).sample((1_000,)) > 0.9 * MAX_SAMPLE).all()
+
+
 def test_the_head_gives_every_point_its_own_mixture():
     head, x = MixtureHead(6, 5), torch.randn(2, 3, 6)
     mixture = head(x)

@@ -1,59 +1,21 @@
-"""Moirai-MoE: what may see what, what is missing, how it is routed, sampled and trained."""
+"""Moirai-MoE: what may see what, how it is routed, sampled and trained."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import moecore
 from apps.errors import ConfigError
-from apps.timeseries.model_settings import MoiraiMoEConfig
 from apps.timeseries.models.base import Windows
 from apps.timeseries.models.moirai_encoder import PathEncoder, rotate
 from apps.timeseries.models.moirai_moe import MoiraiMoE, sample_quantiles
 from apps.timeseries.models.moirai_tokens import make_grid
-
-P = 4
-TINY = MoiraiMoEConfig(
-    patch_size=P, d_model=16, d_ff=16, num_layers=2, num_heads=2, num_experts=4, num_samples=5, dropout=0.0
-)
-NAN = math.nan
-
-
-def model(**changes) -> MoiraiMoE:
-    """In double precision, with biases that tell variates apart."""
-    made = MoiraiMoE(dataclasses.replace(TINY, **changes)).double().eval()
-    for block in made.encoder.blocks:
-        torch.nn.init.normal_(block.attention.variate_bias)
-    return made
-
-
-def windows(length: int = 20, horizon: int = 12, futr: int = 0, hist: int = 0, batch: int = 3) -> Windows:
-    n = length + horizon
-    return Windows(
-        past=torch.randn(batch, length).double(),
-        future=torch.randn(batch, horizon).double() if horizon else None,
-        futr=torch.randn(batch, n, futr).double() if futr else None,
-        hist=torch.randn(batch, length, hist).double() if hist else None,
-    )
-
-
-def forecast(made: MoiraiMoE, given: Windows, horizon: int = 10) -> Tensor:
-    torch.manual_seed(7)
-    return made.sample(given, horizon)
-
-
-def hidden(made: MoiraiMoE, given: Windows) -> tuple[Tensor, Tensor]:
-    """Hidden states of all tokens, and when each is known."""
-    tokens = make_grid(given, P, ahead=made.config.known_ahead).tokens
-    with torch.no_grad():
-        return made.encoder(tokens), tokens.clock
+from tests.apps.timeseries.models.moirai_cases import NAN, TINY, P, forecast, hidden, model, windows
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -118,6 +80,26 @@ def test_paths_continue_as_the_whole_sequence_does():
             torch.testing.assert_close(ours[:, path], theirs, rtol=0, atol=1e-12)
 
 
+def test_patches_are_sampled_one_after_another():
+    """The same draws, from mixtures of the whole sequence with each path's first patch in it."""
+    made, given, count = model(), windows(20, 0, batch=2), 6
+    torch.manual_seed(5)
+    paths = made.sample(given, 2 * P, count)
+    torch.manual_seed(5)
+    grid = make_grid(given, P)
+    with torch.no_grad():
+        first = made.head(made.encoder(grid.tokens)[:, -1]).sample((count,)).transpose(0, 1)
+        wholes = [dataclasses.replace(given, future=grid.scale.restore(first[:, path])) for path in range(count)]
+        last = torch.stack([made.encoder(make_grid(whole, P).tokens)[:, -1] for whole in wholes], 1)
+        second = made.head(last).sample()
+    torch.testing.assert_close(paths, grid.scale.restore(torch.cat([first, second], -1)))
+
+
+def test_a_horizon_within_a_patch_is_its_beginning():
+    made, given = model(), windows(20, 0)
+    assert torch.equal(forecast(made, given, 2 * P - 3), forecast(made, given, 2 * P)[..., : 2 * P - 3])
+
+
 def test_the_bias_tells_variates_apart():
     made, given = model(), windows(futr=1)
     before, _ = hidden(made, given)
@@ -138,95 +120,6 @@ def test_the_order_of_covariates_does_not_matter():
     turned = dataclasses.replace(given, futr=given.futr[..., [2, 0, 1]], hist=given.hist[..., [1, 0]])
     torch.testing.assert_close(made.loss(given), made.loss(turned))
     torch.testing.assert_close(forecast(made, given), forecast(made, turned))
-
-
-def test_a_missing_patch_is_as_good_as_none():
-    """Missing at the start, or as padding: what is left gives the same forecast."""
-    made, given = model(), windows(futr=1, hist=1)
-    short = Windows(given.past[:, 7:], given.future, given.futr[:, 7:], given.hist[:, 7:])
-    gaps = {name: getattr(given, name).clone() for name in ("past", "futr", "hist")}
-    for values in gaps.values():
-        values[:, :7] = NAN
-    gapped = dataclasses.replace(given, **gaps)
-    torch.testing.assert_close(made.loss(gapped), made.loss(short))
-    torch.testing.assert_close(forecast(made, gapped), forecast(made, short))
-
-
-def test_a_covariate_that_is_missing_throughout_is_none():
-    made, given = model(), windows(futr=2, hist=1)
-    with_gap = torch.cat([given.futr, torch.full_like(given.futr[..., :1], NAN)], -1)
-    torch.testing.assert_close(made.loss(given), made.loss(dataclasses.replace(given, futr=with_gap)))
-
-
-def test_a_missing_point_is_not_a_point_at_the_mean():
-    made, given = model(), windows(batch=1)
-    missing = given.past.clone()
-    missing[:, 9] = NAN
-    at_mean = missing.clone()
-    at_mean[:, 9] = missing.nanmean()
-    grids = [make_grid(dataclasses.replace(given, past=past), P) for past in (missing, at_mean)]
-    assert torch.equal(
-        grids[0].tokens.values[:, 2], torch.where(grids[0].tokens.observed[:, 2], grids[0].tokens.values[:, 2], 0)
-    )
-    embedded = [made.encoder.embed(grid.tokens.values[:, 2], grid.tokens.observed[:, 2]) for grid in grids]
-    assert not torch.allclose(*embedded)
-    made.encoder.embed.missing.weight.data.zero_()
-    scaled = [made.encoder.embed(grids[0].tokens.values[:, 2], grid.tokens.observed[:, 2]) for grid in grids]
-    assert torch.equal(*scaled)
-
-
-def test_missing_points_have_no_likelihood():
-    """A gap in the last patch is the same as a shorter horizon."""
-    made, given = model(), windows(horizon=8)
-    future = given.future.clone()
-    future[:, 6:] = NAN
-    gapped = made.loss(dataclasses.replace(given, future=future))
-    torch.testing.assert_close(gapped, made.loss(dataclasses.replace(given, future=given.future[:, :6])))
-    assert not torch.isclose(gapped, made.loss(given))
-
-
-@pytest.mark.parametrize("future", [True, False])
-def test_nothing_to_learn_from(future):
-    given = Windows(torch.full((2, 9), NAN), torch.full((2, 5), NAN) if future else None)
-    made = model().float()
-    loss = made.loss(given)
-    loss.backward()
-    assert loss == 0
-    assert all(p.grad is None or not p.grad.any() for p in made.parameters())
-    assert made.head.project.weight.grad is not None
-
-
-def test_a_short_context_without_future():
-    made = model()
-    assert made.loss(Windows(torch.randn(2, 3).double())) == 0
-    assert made.loss(Windows(torch.randn(2, 5).double())) != 0
-
-
-def test_packed_series_do_not_see_each_other():
-    """Two series in one row, borders on and off the grid of patches, are as two rows."""
-    made = model()
-    first, second = torch.randn(1, 12).double(), 100 + 9 * torch.randn(1, 18).double()
-    segments = torch.tensor([[0] * 12 + [1] * 18])
-    x = torch.cat([first, second], 1)
-    packed = made.loss(Windows(x[:, :24], x[:, 24:], segments=segments))
-    apart = [made.loss(Windows(first)), made.loss(Windows(second[:, :12], second[:, 12:]))]
-    points = [8, 14]
-    wanted = sum(n * loss for n, loss in zip(points, apart, strict=True)) / sum(points)
-    torch.testing.assert_close(packed, wanted)
-
-
-@pytest.mark.parametrize("length", [20, 18])
-def test_packed_series_that_share_a_patch(length):
-    made, given = model(), windows(length, 12, batch=1)
-    border = length - 10  # in the middle of a patch
-    segments = (torch.arange(length + 12) >= border).long()[None]
-    other = dataclasses.replace(given, past=given.past.clone())
-    other.past[:, :border] = 5.0 + 3 * torch.randn(1, border).double()
-    before, clock = hidden(made, dataclasses.replace(given, segments=segments))
-    after, _ = hidden(made, dataclasses.replace(other, segments=segments))
-    later = clock >= 2  # the shared patch, which is the second series', and what follows
-    torch.testing.assert_close(before[:, later], after[:, later], rtol=0, atol=1e-12)
-    assert not torch.allclose(before, after)
 
 
 @pytest.mark.parametrize("prefer", ["nearest", "farthest"])
@@ -330,36 +223,6 @@ def test_large_batches_go_in_parts(monkeypatch):
     assert calls == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("factor", "offset"), [(3.0, 0.0), (1e-7, 1e-6), (1e5, -4e6)])
-def test_forecasts_scale_with_the_series(factor, offset):
-    made, given = model(), windows(futr=1)
-    scaled = dataclasses.replace(given, past=factor * given.past + offset, futr=7 * given.futr - 2)
-    torch.testing.assert_close(forecast(made, scaled), factor * forecast(made, given) + offset, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("constant", [0.0, 7.0, 0.1, -1e6])
-def test_constant_series_and_covariates(constant):
-    made = MoiraiMoE(TINY)
-    given = windows(futr=1, hist=1)._map(lambda t: t.float())
-    flat = Windows(*(torch.full_like(t, constant) for t in (given.past, given.future, given.futr, given.hist)))
-    loss = made.loss(flat)
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
-    grid = make_grid(flat, P)
-    torch.testing.assert_close(grid.scale.restore(grid.target.values.flatten(1)), torch.full((3, 32), constant))
-    assert grid.tokens.values.abs().max() < 0.2
-    assert made.forecast(flat, 9).mean.isfinite().all()
-
-
-def test_a_future_beyond_all_bounds():
-    made = MoiraiMoE(TINY)
-    given = Windows(torch.zeros(2, 16), torch.full((2, 8), 1e30))
-    loss = made.loss(given)
-    loss.backward()
-    assert loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
-
-
 @pytest.mark.parametrize("ahead", [True, False])
 def test_gradients_reach_every_weight(ahead):
     made, given = model(known_ahead=ahead, top_k=4), windows(24, 16, futr=1, hist=1, batch=8)
@@ -385,7 +248,8 @@ def test_autocast_leaves_scale_and_likelihood_alone():
     plain = made.loss(given)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = made.loss(given)
-        assert torch.equal(make_grid(given, P).tokens.values, make_grid(given, P).tokens.values.float())
+        tokens = make_grid(given, P).tokens
+        assert made.encoder.embed(tokens.values, tokens.observed).dtype == torch.float32
     assert mixed.dtype == torch.float32
     assert mixed.item() == pytest.approx(plain.item(), abs=0.1)
 
