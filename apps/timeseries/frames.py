@@ -25,8 +25,9 @@ from apps.timeseries.series import Series, parse_freq
 from apps.timeseries.tables import Columns, Table, from_frame, is_table, numbers, read_table, stamps
 
 Duplicates = Literal["raise", "mean", "last"]
-TIME_NAMES = ("date", "ds", "time", "timestamp", "datetime")
-"""What the first column of a wide table may be called, besides the configured name."""
+TIME_NAMES = ("date", "ds", "time", "timestamp", "datetime", "unnamed: 0")
+"""What the first column of a wide table may be called, besides the configured name; the last one is an index that
+pandas wrote without a name."""
 SPARSEST = 200
 """Grid points per row (and per 250 more) beyond which a time is taken for a mistake."""
 

@@ -202,8 +202,7 @@ def _load(path: Path, **options: object) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False, **options)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        why = "holds pickled objects, which can run code" if "pickle" in str(error).lower() else "is damaged"
-        raise UserError(f"{path}: {why}; {CONVERT}") from error
+        raise UserError(f"{path}: damaged, or pickled objects, which can run code; {CONVERT}") from error
 
 
 def _json(path: Path) -> list[np.ndarray]:

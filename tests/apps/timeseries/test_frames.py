@@ -132,10 +132,12 @@ def test_a_wide_table_has_a_series_per_column(tmp_path: Path) -> None:
     assert ot.hist.shape == (4, 1)
 
 
-def test_a_wide_frame_by_its_index() -> None:
+def test_a_wide_frame_by_its_index_also_from_a_file(tmp_path: Path) -> None:
     frame = pd.DataFrame({"a": range(6), "b": range(6)}, index=HOURS)
+    frame.to_csv(tmp_path / "wide.csv")
 
-    assert [one.id for one in read_series(frame)] == ["a", "b"]
+    for source in (frame, tmp_path / "wide.csv"):
+        assert [(one.id, one.freq) for one in read_series(source)] == [("a", "h"), ("b", "h")]
 
 
 def test_a_table_without_ids_is_one_series_named_by_its_file(tmp_path: Path) -> None:

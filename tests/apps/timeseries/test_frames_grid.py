@@ -111,7 +111,7 @@ def test_a_weekly_frequency_takes_the_weekday_of_the_rows_unless_it_names_one() 
 
 
 def test_years_out_of_reach_of_nanoseconds() -> None:
-    frame = pd.DataFrame({"ds": ["1500-01-01", "1501-01-01", "1502-01-01"], "y": [1, 2, 3]})
+    frame = pd.DataFrame({"ds": np.array(["1500", "1501", "1502"], "datetime64[s]"), "y": [1, 2, 3]})
 
     (series,) = read_series(frame)
 

@@ -45,7 +45,6 @@ def csv(tmp_path: Path):
         (("01-03,3", "01-03,broken"), ["column 'y'", "line 4", "'broken' is not a number"]),
         (("01-03,3", "01-03,-"), ["column 'y'", "line 4", "'-' is not a number"]),
         (("01-03,3", "01-03,inf"), ["series 'a'", "line 4", "infinite"]),
-        (("01-03,3", "01-03,1e999"), ["series 'a'", "line 4", "infinite"]),
         (("2024-01-03", "yesterday"), ["column 'ds'", "line 4", "'yesterday' is not a time"]),
         (("2024-01-03", "2024-02-30"), ["column 'ds'", "line 4", "'2024-02-30' is not a time"]),
         (("2024-01-03", ""), ["column 'ds'", "line 4", "no time"]),
