@@ -80,7 +80,10 @@ class SeriesStore:
         self.std: Float[np.ndarray, " S"] = np.array([d for _, d in moments])
         scaled = [(s.y - m) / d for s, (m, d) in zip(self.series, moments, strict=True)]
         self.y: Float[np.ndarray, " N"] = np.concatenate(scaled).astype(np.float32)
-        self.futr = _flat([s.futr[: len(s)] for s in self.series])
+        known = np.array([len(s.futr) for s in self.series])  # reaches beyond the target, where the future is known
+        self.futr_starts = np.concatenate([[0], known.cumsum()[:-1]])
+        self.futr_lengths = known
+        self.futr = _flat([s.futr for s in self.series])
         self.hist = _flat([s.hist for s in self.series])
         self.stat = np.stack([s.stat for s in self.series]).astype(np.float32)
 
@@ -144,15 +147,17 @@ class WindowSet(Dataset):
         """The windows of these rows of the index."""
         which, origin = self.index[rows, 0], self.index[rows, 1]
         at = origin[:, None] + np.arange(-self.context, self.horizon)  # [B, L + H], within the series
-        inside = (at >= 0) & (at < self.limits[which][:, None])
-        flat = self.store.starts[which][:, None] + np.where(inside, at, 0)
-        y = _from_numpy(np.where(inside, self.store.y[flat], np.float32(np.nan)))
+        store, inside = self.store, (at >= 0) & (at < self.limits[which][:, None])
+        known = (at >= 0) & (at < store.futr_lengths[which][:, None])
+        flat = store.starts[which][:, None] + np.where(inside, at, 0)
+        futr = store.futr_starts[which][:, None] + np.where(known, at, 0)
+        y = _from_numpy(np.where(inside, store.y[flat], np.float32(np.nan)))
         return Windows(
             past=y[:, : self.context],
             future=y[:, self.context :],
-            futr=self._covariates(self.store.futr, flat, (at >= 0) & (at < self.store.lengths[which][:, None])),
-            hist=self._covariates(self.store.hist, flat[:, : self.context], inside[:, : self.context]),
-            stat=_from_numpy(self.store.stat[which]) if self.store.stat.shape[1] else None,
+            futr=self._covariates(store.futr, futr, known),
+            hist=self._covariates(store.hist, flat[:, : self.context], inside[:, : self.context]),
+            stat=_from_numpy(store.stat[which]) if store.stat.shape[1] else None,
             season=most_common(self.seasons[which]),
         )
 
