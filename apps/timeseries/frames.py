@@ -244,9 +244,10 @@ def _series(rows: Rows, freq: str | int, counts: tuple[int, int, int], columns: 
             f"{rows.stamps.at(row)} leaves a gap of almost all points; correct the time, or give a coarser --data.freq",
         )
     y, covariates = rows.y[first:], rows.covariates[first:]
+    steps = np.diff(points)
+    if (steps < 1).any():  # a day in which clocks went back
+        raise rows.error(first + 1 + int((steps < 1).argmax()), "twice in one step of the grid")
     if length > len(points):
-        if (np.diff(points) < 1).any():
-            raise rows.error(first + 1 + int((np.diff(points) < 1).argmax()), "twice in one step of the grid")
         y, covariates = _spread(y, points, length), _spread(covariates, points, length)
     futr, hist, _ = np.split(covariates, np.cumsum(counts[:2]), 1)
     stat = _constants(rows, rows.covariates[:, sum(counts[:2]) :], columns)

@@ -70,13 +70,23 @@ class Series:
         return season_length(self.freq)
 
     def times(self, start: int, stop: int) -> pd.Index:
-        """Times of the grid points start..stop-1, counted from `y[0]`; they may lie after the last point."""
+        """Times of the grid points start..stop-1, counted from `y[0]`; they may lie after the last point.
+
+        Times of day that a change of clocks skips move forward, and of those that it repeats the earlier one is meant.
+        """
         if isinstance(self.freq, int):
             return pd.Index(self.start + self.freq * np.arange(start, stop), dtype=np.int64)
         offset = parse_freq(self.freq)
+        passing = isinstance(offset, pd.offsets.Tick) and not isinstance(offset, pd.offsets.Day)
+        zone = None if passing else self.start.tz  # days and more go by the clock on the wall
+        origin = self.start if zone is None else self.start.tz_localize(None)
         # a count of steps from the first point, so that a time of day or a 31st is never lost on the way
-        first = self.start if start == 0 else self.start + start * _by_wall_clock(offset)
-        return pd.date_range(first, periods=stop - start, freq=offset, unit=first.unit)
+        first = origin if start == 0 else origin + start * offset
+        times = pd.date_range(first, periods=stop - start, freq=offset, unit=first.unit)
+        if zone is None:
+            return times
+        earlier = np.ones(len(times), bool)
+        return times.tz_localize(zone, ambiguous=earlier, nonexistent="shift_forward")
 
     def until(self, n: int) -> Series:
         """The series as it was known after its first n points: covariates of the future stay."""
@@ -100,11 +110,6 @@ def parse_freq(freq: str) -> pd.offsets.BaseOffset:
     if offset is None or offset.n < 1:
         raise UserError(f"freq={freq}: not a frequency; use a pandas offset alias such as h, 15min, D, W-SUN, MS or QS")
     return offset
-
-
-def _by_wall_clock(offset: pd.offsets.BaseOffset) -> pd.offsets.BaseOffset:
-    """Days that keep the time of day across clock changes; pandas 2 takes "D" for 24 hours."""
-    return pd.DateOffset(days=offset.n) if isinstance(offset, pd.offsets.Day) else offset
 
 
 def season_length(freq: str | int) -> int:

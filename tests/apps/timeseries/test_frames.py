@@ -305,3 +305,33 @@ def test_future_covariates_that_do_not_continue_a_series(frame: pd.DataFrame, me
     with pytest.raises(UserError, match=message) as error:
         attach_future(series, frame, columns)
     assert "\n" not in str(error.value)
+
+
+def test_future_covariates_in_another_time_zone_are_of_the_same_moment() -> None:
+    columns = Columns(futr=("x",))
+    local = long("a").assign(ds=HOURS.tz_localize("Europe/Berlin"), x=-1.0)
+    (days,) = read_series(local.assign(ds=pd.date_range("2024-03-28", periods=6, tz="Europe/Berlin")), columns)
+    ahead = pd.date_range("2024-04-03", periods=2, tz="Europe/Berlin").tz_convert("UTC")
+
+    (extended,) = attach_future([days], pd.DataFrame({"unique_id": "a", "ds": ahead, "x": [1, 2]}), columns)
+
+    assert extended.futr[6:, 0].tolist() == [1, 2]
+
+
+def test_future_covariates_of_another_number_than_the_series_have() -> None:
+    with pytest.raises(UserError, match=r"series 'a' has 0 future covariates, not 1"):
+        attach_future(read_series(long("a")), future("a"), Columns(futr=("x",)))
+
+
+def test_a_series_as_it_was_known_keeps_the_covariates_of_its_future() -> None:
+    (series,) = read_series(long("a").assign(x=range(6), z=range(6)), Columns(futr=("x",), hist=("z",)))
+
+    known = series.until(4)
+
+    assert (len(known), known.futr.shape, known.hist.shape) == (4, (6, 1), (4, 1))
+
+
+def test_categories_are_ids_and_numbers() -> None:
+    frame = long().astype({"unique_id": "category"}).assign(y=lambda f: f.y.astype("category"))
+
+    np.testing.assert_array_equal([one.y[0] for one in read_series(frame)], [0, 100])

@@ -11,6 +11,7 @@ import pytest
 
 from apps.errors import UserError
 from apps.timeseries.frames import Columns, read_series
+from apps.timeseries.series import Series
 
 GOOD = "unique_id,ds,y,x\n" + "".join(f"a,2024-01-0{day},{day},0\n" for day in range(1, 8))
 
@@ -148,3 +149,17 @@ def test_ways_to_write_a_csv(csv, text: str, y: list[float]) -> None:
 
 def test_a_series_without_a_value_is_left_out(csv) -> None:
     assert [one.id for one in read_series(csv("date,a,b\n2024-01-01,,1\n2024-01-02,,2\n2024-01-03,,3\n"))] == ["b"]
+
+
+def test_two_rows_of_one_day_when_clocks_go_back() -> None:
+    nights = Series.plain("a", np.zeros(5), pd.Timestamp("2023-10-27 02:30", tz="Europe/Berlin"), "D").times(0, 5)
+    again = nights.insert(3, pd.Timestamp("2023-10-29 02:30+01:00").tz_convert("Europe/Berlin"))
+
+    assert read_series(pd.DataFrame({"ds": nights, "y": 1.0}))[0].freq == "D"
+    fails(pd.DataFrame({"ds": again, "y": 1.0}), "row 3", "twice in one step of the grid")
+
+
+def test_times_finer_than_a_microsecond() -> None:
+    fine = pd.date_range("2024", periods=4, freq="10ns", unit="ns")
+
+    fails(pd.DataFrame({"ds": fine, "y": 1.0}), "column 'ds'", "finer than a microsecond")
