@@ -1,0 +1,85 @@
+"""Greedy multi-resolution rollout of Time-MoE, each point decoded once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apps.errors import UserError
+from apps.timeseries.models.base import observed
+from apps.timeseries.models.timemoe_layers import LayerCache
+
+if TYPE_CHECKING:
+    from apps.timeseries.models.timemoe import TimeMoE
+
+
+class Decoder:
+    """Predicts by the largest head that fits what is left, and feeds the points back.
+
+    Args:
+        model: its weights.
+        use_cache: keep keys and values; otherwise the whole sequence is decoded at every step.
+    """
+
+    def __init__(self, model: TimeMoE, use_cache: bool = True) -> None:
+        self.model, self.use_cache = model, use_cache
+
+    def __call__(self, context: Float[Tensor, "B L"], horizon: int) -> Float[Tensor, "B H"]:
+        """[B, L] -> [B, H].
+
+        Raises:
+            UserError: if the points to decode are more than the model's positions, or there is no context.
+        """
+        steps = self.steps(horizon)
+        length = context.shape[1]
+        needed = length + horizon - steps[-1].out_features
+        limit = self.model.config.max_positions
+        if needed > limit:
+            raise UserError(
+                f"context={length} points and horizon={horizon}: {needed} to decode, but this model takes {limit}; "
+                f"give at most {limit - needed + length} points of context"
+            )
+        if length == 0:
+            raise UserError("context=0 points: give at least one")
+        return self._cached(context, steps) if self.use_cache else self._anew(context, steps)
+
+    def steps(self, horizon: int) -> list[nn.Linear]:
+        """Head of each step: those of 64 and 32 points for 96, eleven times 64 and twice 8 for 720."""
+        steps: list[nn.Linear] = []
+        while horizon > 0:
+            steps.append(self.model.head_for(horizon))
+            horizon -= steps[-1].out_features
+        return steps
+
+    def _cached(self, context: Float[Tensor, "B L"], steps: list[nn.Linear]) -> Float[Tensor, "B H"]:
+        model, (batch, length) = self.model, context.shape
+        seen = observed(context)
+        ragged = not bool(seen.all())
+        first = seen.long().argmax(1, keepdim=True) if ragged else None
+        fed = length + sum(head.out_features for head in steps[:-1])
+        caches = self._caches(context, fed) if len(steps) > 1 else None
+        new, parts = context, []
+        for head in steps:
+            if ragged and parts:
+                seen = torch.cat([seen, seen.new_ones(batch, new.shape[1])], 1)
+            known = (seen, first) if ragged else (None, None)
+            hidden = model.decode(new, caches=caches, seen=known[0], first=known[1]).hidden[:, -1]
+            new = head(hidden)
+            parts.append(new)
+        return torch.cat(parts, 1).to(context.dtype)
+
+    def _caches(self, context: Float[Tensor, "B L"], size: int) -> list[LayerCache]:
+        attention = self.model.blocks[0].attention
+        shape = (len(context), attention.kv_heads, size, attention.head_dim)
+        options = {"device": context.device, "dtype": attention.out.weight.dtype}
+        return [LayerCache(torch.empty(shape, **options), torch.empty(shape, **options)) for _ in self.model.blocks]
+
+    def _anew(self, context: Float[Tensor, "B L"], steps: list[nn.Linear]) -> Float[Tensor, "B H"]:
+        parts: list[Tensor] = []
+        for head in steps:
+            hidden = self.model.decode(torch.cat([context, *parts], 1)).hidden[:, -1]
+            parts.append(head(hidden).to(context.dtype))
+        return torch.cat(parts, 1)
