@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from apps.timeseries.models.base import Forecast, ForecastModel, Windows, instance_scale, observed
 
@@ -112,17 +111,29 @@ def forecast_windows(
         The forecast, its quantiles sorted by level; without quantiles where neither model nor intervals give them.
     """
     gaps = _trailing_gaps(windows.past)
-    longest = int(gaps.max()) if len(gaps) else 0
-    shifted = _shift(windows, gaps, longest) if longest else windows
-    asked = levels if model.probabilistic else ()
-    forecast = model.forecast(shifted, horizon + longest, asked)
+    if not bool(gaps.any()):
+        return _forecast(model, windows, horizon, levels, intervals)
+    rows, parts = [], []
+    for gap in gaps.unique().tolist():  # one at a time: a row's forecast does not depend on the gaps of others
+        rows.append((gaps == gap).nonzero().squeeze(1))
+        longer = _forecast(model, _shift(windows[rows[-1]], gap), gap + horizon, levels, intervals)
+        parts.append(_map(lambda x, gap=gap: x[..., gap:], longer))
+    back = torch.cat(rows).argsort()
+    return _map(lambda *pieces: torch.cat(pieces)[back], *parts)
+
+
+def _forecast(
+    model: ForecastModel, windows: Windows, horizon: int, levels: Sequence[float], intervals: Intervals | None
+) -> Forecast:
+    """Of contexts that end with a value."""
+    forecast = model.forecast(windows, horizon, levels if model.probabilistic else ())
+    quantiles = forecast.quantiles
     if levels and not model.probabilistic and intervals is not None:
-        quantiles = intervals.quantiles(forecast.mean, shifted.past, levels)
-        forecast = dataclasses.replace(forecast, quantiles=quantiles)
-    if forecast.quantiles is not None:
-        order = torch.tensor(np.argsort(np.argsort(levels)), device=forecast.mean.device)
-        forecast = dataclasses.replace(forecast, quantiles=forecast.quantiles.sort(1).values[:, order])
-    return _cut(forecast, gaps, horizon) if longest else forecast
+        quantiles = intervals.quantiles(forecast.mean, windows.past, levels)
+    if quantiles is not None:
+        rank = torch.tensor(np.argsort(np.argsort(levels)), device=quantiles.device)
+        quantiles = quantiles.sort(1).values[:, rank]
+    return dataclasses.replace(forecast, quantiles=quantiles)
 
 
 def _trailing_gaps(past: Float[Tensor, "B L"]) -> Int[Tensor, " B"]:
@@ -132,31 +143,27 @@ def _trailing_gaps(past: Float[Tensor, "B L"]) -> Int[Tensor, " B"]:
     return gap.masked_fill(~seen.any(1), 0)
 
 
-def _shift(windows: Windows, gaps: Int[Tensor, " B"], longest: int) -> Windows:
-    """Every row moved to the right by its gap, so that contexts end with a value; NaN comes in on the left."""
-    futr = None if windows.futr is None else _move(F.pad(windows.futr, (0, 0, 0, longest), value=torch.nan), gaps)
+def _shift(windows: Windows, gap: int) -> Windows:
+    """Contexts moved to the right by `gap` points, so that they end with a value; NaN comes in on the left."""
+
+    def later(x: Tensor) -> Tensor:
+        missing = x.new_full((x.shape[0], gap, *x.shape[2:]), torch.nan)
+        return torch.cat([missing, x], 1)
+
+    length = windows.past.shape[1]
     return dataclasses.replace(
         windows,
-        past=_move(windows.past[..., None], gaps)[..., 0],
+        past=later(windows.past)[:, :length],
         future=None,
-        futr=futr,
-        hist=None if windows.hist is None else _move(windows.hist, gaps),
+        futr=None if windows.futr is None else later(windows.futr),
+        hist=None if windows.hist is None else later(windows.hist)[:, :length],
+        segments=None,
     )
 
 
-def _move(x: Float[Tensor, "B N C"], gaps: Int[Tensor, " B"]) -> Float[Tensor, "B N C"]:
-    at = torch.arange(x.shape[1], device=x.device) - gaps[:, None]  # [B, N]
-    moved = x.gather(1, at.clamp(min=0)[..., None].expand_as(x))
-    return moved.masked_fill((at < 0)[..., None], torch.nan)
-
-
-def _cut(forecast: Forecast, gaps: Int[Tensor, " B"], horizon: int) -> Forecast:
-    """What lies after each gap."""
-
-    def cut(x: Tensor) -> Tensor:
-        at = gaps[:, None] + torch.arange(horizon, device=x.device)  # [B, H]
-        at = at if x.dim() == 2 else at[:, None].expand(-1, x.shape[1], -1)
-        return x.gather(-1, at)
-
-    quantiles = None if forecast.quantiles is None else cut(forecast.quantiles)
-    return Forecast(cut(forecast.mean), quantiles, {name: cut(part) for name, part in forecast.components.items()})
+def _map(function: Callable[..., Tensor], *forecasts: Forecast) -> Forecast:
+    """Apply a function to each of the tensors that the forecasts have."""
+    means = [one.mean for one in forecasts]
+    bounds = [one.quantiles for one in forecasts if one.quantiles is not None]
+    components = {name: function(*(one.components[name] for one in forecasts)) for name in forecasts[0].components}
+    return Forecast(function(*means), function(*bounds) if bounds else None, components)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from apps.errors import UserError
 from apps.progress import track
@@ -46,7 +47,9 @@ def forecast_series(
 ) -> list[SeriesForecast]:
     """Forecast series in their own units.
 
-    Every series is standardised by what is known of it before the origin, as in training by its training points.
+    Every series is standardised by what is known of it before the origin, where training standardises. Where it ends
+    with missing values the forecast starts after the last observed one, from a full context. A series that has never
+    changed is forecast not to change.
 
     Args:
         trained: the model.
@@ -64,20 +67,41 @@ def forecast_series(
     origins = [len(one) for one in series] if origins is None else list(origins)
     known = [one.until(origin) for one, origin in zip(series, origins, strict=True)]
     _check(trained, known, horizon, levels)
-    store = SeriesStore(known, [Borders(len(s), len(s), len(s)) for s in known], "standard")
-    index = np.stack([np.arange(len(known)), np.array(origins)], 1)
-    windows = WindowSet(store, index, trained.spec.context, horizon, season=trained.config.data.season)
+    store = SeriesStore(known, [Borders(len(s), len(s), len(s)) for s in known], trained.config.data.scale)
     torch.manual_seed(trained.config.run.seed)  # for models that sample
     found: dict[int, SeriesForecast] = {}
-    batches = windows.rows(batch_size)
-    for rows in track(batches, "forecasting", progress and len(batches) > 1):
-        forecast = forecast_batch(trained.model, windows.batch(rows), horizon, tuple(levels), trained.intervals)
-        for i, row in enumerate(rows.tolist()):
-            scale, shift = store.std[row], store.mean[row]
-            quantiles = None if forecast.quantiles is None else forecast.quantiles[i].double().numpy() * scale + shift
-            mean = forecast.mean[i].double().numpy() * scale + shift
+    jobs = _jobs(trained, store, horizon, batch_size)
+    for gap, windows, rows in track(jobs, "forecasting", progress and len(jobs) > 1):
+        batch = windows.batch(rows)
+        forecast = forecast_batch(trained.model, batch, gap + horizon, tuple(levels), trained.intervals)
+        for i, row in enumerate(windows.index[rows, 0].tolist()):
+            mean = _restored(store, row, forecast.mean[i, gap:])
+            bounds = forecast.quantiles
+            quantiles = None if bounds is None else _restored(store, row, bounds[i, :, gap:])
             found[row] = SeriesForecast(series[row], origins[row], mean, quantiles)
     return [found[row] for row in range(len(known))]
+
+
+def _jobs(
+    trained: Trained, store: SeriesStore, horizon: int, batch_size: int
+) -> list[tuple[int, WindowSet, Int[np.ndarray, " B"]]]:
+    """Batches of series whose last value lies equally far before their end: that gap, windows, and rows of those."""
+    last = np.array([np.isfinite(one.y).nonzero()[0][-1] + 1 for one in store.series])
+    gaps, jobs = store.lengths - last, []
+    for gap in np.unique(gaps).tolist():
+        which = np.flatnonzero(gaps == gap)
+        index = np.stack([which, last[which]], 1)
+        windows = WindowSet(store, index, trained.spec.context, gap + horizon, season=trained.config.data.season)
+        jobs += [(gap, windows, rows) for rows in windows.rows(batch_size)]
+    return jobs
+
+
+def _restored(store: SeriesStore, row: int, values: Float[Tensor, "*Q H"]) -> Float[np.ndarray, "*Q H"]:
+    """In the series' own units; of a series that has never changed, that one value."""
+    y = store.series[row].y
+    if np.nanmin(y) == np.nanmax(y):
+        return np.full(values.shape, np.nanmin(y))
+    return values.double().numpy() * store.std[row] + store.mean[row]
 
 
 def _check(trained: Trained, series: Sequence[Series], horizon: int, levels: Sequence[float]) -> None:
