@@ -44,6 +44,6 @@ class SharedExpert(nn.Module):
             onto.add_(hidden @ down.t())
         return onto if self.bank.down_bias is None else onto.add_(self.bank.down_bias[0])
 
-    def _share(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T 1"]:
+    def _share(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*S 1"]:
         """How much of the expert's output counts: one number per token, or per segment."""
         return self.gate(x.flatten(-2)).sigmoid()[..., None] if self.whole else self.gate(x).sigmoid()
