@@ -190,22 +190,23 @@ class LDLMoEConfig:
     pattern: bool = False
     """Pattern-aware: trend, seasonality, change-point and volatility experts whose outputs sum to the forecast."""
     num_experts: int = 4
-    """Distribution experts."""
+    """Distribution experts; pattern-aware, the experts of each pattern."""
     top_k: int = 2
-    """Experts per window."""
+    """Experts per window and layer."""
     d_model: int = 128
     """Width of the encoded context."""
     d_ff: int = 256
     """Hidden units of an expert."""
-    num_samples: int = 16
-    """Samples per expert and training window (continuous), from which discrepancy is measured."""
-    num_bins: int = 64
-    """Bins (bins)."""
-    mmd: float = 1.0
+    num_samples: int = 8
+    """Draws per step and training window (continuous), from which discrepancy is measured; its cost grows with their
+    square."""
+    num_bins: int = 32
+    """Bins per step (bins)."""
+    mmd: float = 3.0
     """Weight of the distribution loss beside the point loss."""
     aux_loss: float = 0.01
     """Coefficient of the balance loss."""
-    dropout: float = 0.1
+    dropout: float = 0.3
     """Dropout on hidden units."""
 
     def __post_init__(self) -> None:
@@ -214,6 +215,8 @@ class LDLMoEConfig:
         require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"between 1 and {self.num_experts}")
         require(self.num_samples >= 2, "num_samples", self.num_samples, "must be at least 2")
         require(self.num_bins >= 2, "num_bins", self.num_bins, "must be at least 2")
+        require(self.mmd >= 0, "mmd", self.mmd, "must not be negative")
+        require(self.aux_loss >= 0, "aux_loss", self.aux_loss, "must not be negative")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
 
 

@@ -70,7 +70,7 @@ class ContinuousHead(Head):
     def activate(self, raw: Float[Tensor, "*N P"]) -> Float[Tensor, "*N P"]:
         """Softplus of all but the shift; tails start light."""
         shift, left, right, tail = raw.split([self.width - 3, 1, 1, 1], -1)
-        return torch.cat([shift, F.softplus(left), F.softplus(right), F.softplus(tail - 3)], -1)
+        return torch.cat([shift, F.softplus(left), F.softplus(right), F.softplus(tail - 2)], -1)
 
     def mean(self, parameters: Float[Tensor, "B H P"]) -> Float[Tensor, "B H"]:
         """Shift, and what the sides differ by."""
@@ -121,7 +121,7 @@ class BinsHead(Head):
 
     def mean(self, parameters: Float[Tensor, "B H P"]) -> Float[Tensor, "B H"]:
         """Mean of the centres."""
-        return parameters @ self.centres
+        return (parameters * self.centres).sum(-1)
 
     def quantiles(self, parameters: Float[Tensor, "B H P"], levels: Sequence[float]) -> Float[Tensor, "B Q H"]:
         """Probability is spread evenly inside a bin."""

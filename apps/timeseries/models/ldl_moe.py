@@ -135,7 +135,7 @@ class LDLMoE(ForecastModel):
         if self.config.pattern:
             parts = {n: pattern(encoded, inputs, self.horizon, season) for n, pattern in self.patterns.items()}
         else:
-            parts = {"linear": self.linear(inputs)}
+            parts = {"linear": self.linear(inputs).to(context.dtype)}
         return Prediction(parts, self.experts(encoded))
 
     def _components(self, prediction: Prediction) -> dict[str, Float[Tensor, "B H"]]:

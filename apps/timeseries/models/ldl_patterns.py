@@ -89,4 +89,5 @@ class Pattern(nn.Module):
         coefficients = self.experts(encoded)[:, 0]
         if self.linear is not None:
             coefficients = coefficients + self.linear(inputs)
-        return coefficients @ basis(self.name, horizon, season).to(coefficients)
+        with torch.autocast(coefficients.device.type, enabled=False):  # the sum of patterns is the forecast, to the end
+            return coefficients @ basis(self.name, horizon, season).to(coefficients)

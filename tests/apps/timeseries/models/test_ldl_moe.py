@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -206,7 +207,7 @@ def test_short_training_beats_seasonal_naive_and_covers(config):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(60):
         with moecore.record(model) as recording:
-            loss = model.loss(synthetic(48, 36, 12))
+            loss = model.loss(synthetic(96, 36, 12))
         loss = loss + moecore.balance_loss(recording)
         optimizer.zero_grad()
         loss.backward()
@@ -220,3 +221,29 @@ def test_short_training_beats_seasonal_naive_and_covers(config):
     assert ours["mse"] < 0.75 * naive["mse"]  # noise of both is in naive's errors: the floor is half of it
     assert ours["crps"] < 0.9 * naive["crps"]
     assert ours["coverage_80"] == pytest.approx(0.8, abs=0.08)
+
+
+def test_dense_is_one_expert_as_wide_as_the_chosen(config):
+    model = LDLMoE(config, 24, 8, dense=True)
+    assert model.experts.experts.mlp.up.shape == (1, config.top_k * config.d_ff, config.d_model)
+    assert model.loss(drawn()).isfinite()
+
+
+def test_copies_and_half_precision(config):
+    model, windows = shaken(config), drawn()
+    before = model.forecast(windows, 8, LEVELS)
+    copied = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(copied.forecast(windows, 8, LEVELS).quantiles, before.quantiles)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, half = copied.loss(windows), copied.forecast(windows, 8, LEVELS)
+    loss.backward()
+    torch.testing.assert_close(half.quantiles.float(), before.quantiles, atol=0.3, rtol=0.05)
+    if config.pattern:
+        torch.testing.assert_close(sum(half.components.values()), half.mean, atol=1e-4, rtol=1e-4)
+
+
+def test_training_needs_a_future(config):
+    with pytest.raises(ValueError, match="future=None"):
+        LDLMoE(config, 24, 8).loss(Windows(torch.randn(2, 24)))
