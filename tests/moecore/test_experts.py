@@ -152,6 +152,34 @@ def test_segment_experts_mix_their_tokens():
     assert torch.equal(one(token_wise, 2, moved)[:, 0], one(token_wise, 2, x)[:, 0])
 
 
+def test_segment_experts_drop_hidden_units_in_training_only():
+    bank = moecore.SegmentBank(E, 3, D, H, dropout=0.5)
+    x = torch.randn(1, 3, D)
+    expected = one(bank.eval(), 1, x)
+    draws = torch.cat([one(bank.train(), 1, x.expand(2000, 3, D))])
+    assert (draws.std(0) > 0).all()
+    torch.testing.assert_close(draws.mean(0), expected[0], rtol=0, atol=0.06)
+    assert bank.mlp.dropout == 0.5
+
+
+def test_a_shared_expert_of_segments_is_gated_by_the_whole_segment():
+    shared = moecore.SharedExpert(moecore.SegmentBank(1, 3, D, H), gated=True)
+    assert shared.gate.in_features == 3 * D
+    x, onto = torch.randn(T, 3, D), torch.randn(T, 3, D)
+    with torch.no_grad():
+        shared.gate.weight.normal_()
+        found = shared(x, onto.clone())
+        for segment in range(T):
+            share = 1 / (1 + torch.exp(-(shared.gate.weight[0] * x[segment].flatten()).sum()))
+            own = one(shared.bank, 0, x[segment : segment + 1])[0]
+            torch.testing.assert_close(found[segment], onto[segment] + share * own)
+    token = moecore.SharedExpert(moecore.MLPBank(1, D, H), gated=True)
+    assert token.gate.in_features == D
+    gates = token.gate(x).sigmoid()
+    assert gates.shape == (T, 3, 1)  # one per token
+    torch.testing.assert_close(token(x, onto.clone()), onto + gates * one(token.bank, 0, x))
+
+
 def test_segment_experts_refuse_another_length():
     with pytest.raises(ValueError, match=r"segment length 4: this bank takes segments of 3 tokens"):
         one(moecore.SegmentBank(E, 3, D, H), 0, torch.randn(T, 4, D))

@@ -76,6 +76,41 @@ def test_linear_is_one_matrix():
     assert make("linear").bias is None
 
 
+def test_temperature_divides_linear_scores():
+    cold, x = make("linear", temperature=0.25), torch.randn(T, D)
+    torch.testing.assert_close(cold(x, NOTHING), 4 * (x @ cold.weight.t()))
+
+
+def test_dropped_experts_cannot_be_chosen_and_never_are_all_gone():
+    """Each with the given probability, in training only; the scores of those that are left stay what they were."""
+    score, x = make("linear", temperature=2.0, dropout=0.6), torch.randn(20_000, D)
+    clean = score.eval()(x, NOTHING)
+    torch.testing.assert_close(clean, x @ score.weight.t() / 2)
+    scores = score.train()(x, NOTHING)
+    gone = scores < -1e30
+    assert scores.isfinite().all()
+    assert torch.equal(scores[~gone], clean[~gone])
+    all_gone = 0.6**E  # for these tokens nothing is dropped
+    assert gone.float().mean().item() == pytest.approx(0.6 - all_gone, abs=0.01)
+    assert not gone.all(-1).any()
+    assert (scores.softmax(-1)[gone] == 0).all()
+    half = score(x.half(), NOTHING)
+    assert half.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, r"^temperature=0.0: must be positive"),
+        ({"dropout": 1.0}, r"^dropout=1.0: must lie in \[0, 1\)"),
+        ({"dropout": -0.1}, r"^dropout=-0.1: must lie in"),
+    ],
+)
+def test_linear_scores_refuse_what_cannot_work(options, message):
+    with pytest.raises(moecore.ConfigError, match=message):
+        make("linear", **options)
+
+
 def test_mlp_is_two_layers_with_relu_and_dropout_in_training():
     score, x = make("mlp", hidden=7, dropout=0.5), torch.randn(T, D)
     expected = score.fc2((x @ score.fc1.weight.t() + score.fc1.bias).relu())

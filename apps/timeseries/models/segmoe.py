@@ -22,6 +22,7 @@ from apps.timeseries.models.base import (
     observed,
 )
 from apps.timeseries.models.segmoe_blocks import Block
+from moecore.errors import require
 
 HUBER_DELTA = 2.0
 """Where the published loss turns from squares to absolute values, in deviations of the context."""
@@ -46,6 +47,8 @@ class SegMoE(ForecastModel):
     def __init__(self, config: SegMoEConfig, context: int, block: int, season: int = 1, dense: bool = False) -> None:
         super().__init__()
         self.config, self.context, self.block = config, context, config.block or block
+        fits = config.head == "direct" or self.block <= context
+        require(fits, "block", self.block, f"must not exceed data.context={context} with head=shift")
         size, width = config.patch_size, config.d_model
         self.pad = -context % size
         patches = (context + self.pad) // size
@@ -70,8 +73,7 @@ class SegMoE(ForecastModel):
 
         Published, the loss is the mean over the whole output, the context shifted by one block.
         """
-        scale = instance_scale(windows.past)
-        context = self._context(windows.past, scale)
+        context, scale = self._context(windows.past)
         future = scale.normalize(windows.future)[:, : self.block]
         target = future if self.config.head == "direct" else torch.cat([context[:, self.block :], future], 1)
         output = self(context)[:, : target.shape[1]]  # short where the future is
@@ -85,18 +87,18 @@ class SegMoE(ForecastModel):
 
     def forecast(self, windows: Windows, horizon: int, quantiles: Sequence[float] = ()) -> Forecast:
         """Block by block; what was predicted is context for the next."""
-        scale = instance_scale(windows.past)
-        context = self._context(windows.past, scale)
+        context, scale = self._context(windows.past)
         blocks: list[Tensor] = []
         for _ in range(-(-horizon // self.block)):
             blocks.append(self(context)[:, -self.block :])
             context = torch.cat([context, blocks[-1]], 1)[:, -self.context :]
         return Forecast(scale.restore(torch.cat(blocks, 1)[:, :horizon]))
 
-    def _context(self, past: Float[Tensor, "B N"], scale: Scale) -> Float[Tensor, "B L"]:
+    def _context(self, past: Float[Tensor, "B N"]) -> tuple[Float[Tensor, "B L"], Scale]:
         """Normalised, and as long as the model sees; short ones miss their beginning."""
-        past = scale.normalize(past)[:, -self.context :]
-        return F.pad(past, (self.context - past.shape[1], 0), value=torch.nan)
+        past = past[:, -self.context :]
+        scale = instance_scale(past)
+        return F.pad(scale.normalize(past), (self.context - past.shape[1], 0), value=torch.nan), scale
 
     def forward(self, context: Float[Tensor, "B L"]) -> Float[Tensor, "B O"]:
         """Normalised contexts -> the block after them, or with the published head the context one block later."""
@@ -123,7 +125,7 @@ class SegMoE(ForecastModel):
 
     def trace(self, windows: Windows) -> Int[Tensor, " P"]:
         """One pass; positions are patches."""
-        self(self._context(windows.past, instance_scale(windows.past)))
+        self(self._context(windows.past)[0])
         first = windows.past.shape[1] - self.context - self.pad
         return torch.arange((self.context + self.pad) // self.config.patch_size) * self.config.patch_size + first
 
