@@ -116,7 +116,7 @@ def test_experts_as_wide_as_the_ffn_start_as_it(dense):
 
 def test_training_goes_on_where_the_dense_model_stopped(dense):
     torch.manual_seed(1)
-    data = batches(40)
+    data = batches(25)
     optimizer = torch.optim.AdamW(dense.eval().parameters(), 3e-3)
     for given in data:
         optimizer.zero_grad()
