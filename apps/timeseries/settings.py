@@ -80,7 +80,7 @@ class DataConfig:
         least = self.min_context
         good = least is None or 1 <= least <= self.context
         require(good, "min_context", least, f"must lie between 1 and context={self.context}, or be null")
-        require(self.source != "corpus" or self.corpora, "corpora", self.corpora, "name what to pretrain on")
+        require(self.source != "corpus" or bool(self.corpora), "corpora", self.corpora, "name what to pretrain on")
         require(all(share > 0 for share in self.corpora.values()), "corpora", self.corpora, "shares must be positive")
         require(self.corpus_length >= 16, "corpus_length", self.corpus_length, "must be at least 16")
         require(self.corpus_size >= 1, "corpus_size", self.corpus_size, "must be at least 1")
