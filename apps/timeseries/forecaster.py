@@ -24,10 +24,11 @@ class Forecaster:
 
     Example:
         >>> import pandas as pd
-        >>> from apps.timeseries import Forecaster
-        >>> forecaster = Forecaster.from_checkpoint("last")  # doctest: +SKIP
-        >>> df = pd.read_csv("my.csv")  # doctest: +SKIP
-        >>> forecaster.predict(df, h=96)  # doctest: +SKIP
+        >>> from apps.timeseries.forecaster import Forecaster
+        >>> forecaster = Forecaster.from_checkpoint("last")  # the newest run below runs/
+        >>> df = pd.read_csv("my.csv")  # unique_id, ds, y
+        >>> forecasts = forecaster.predict(df, h=96)
+        >>> errors = forecaster.cross_validation(df, h=96, n_windows=3)
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -89,9 +90,10 @@ class Forecaster:
         Raises:
             UserError: if no series is long enough, or for tables that cannot be read.
         """
-        horizon, step = h or self.trained.spec.horizon, step_size or h or self.trained.spec.horizon
-        if n_windows < 1 or step < 1 or horizon < 1:
-            raise UserError(f"n_windows={n_windows}, step_size={step}, h={horizon}: must be at least 1")
+        horizon = self._horizon(h)
+        step = horizon if step_size is None else step_size
+        if n_windows < 1 or step < 1:
+            raise UserError(f"n_windows={n_windows}, step_size={step}: must be at least 1")
         series = self.read(df)
         jobs = [
             (one, len(one) - horizon - k * step)
@@ -121,8 +123,13 @@ class Forecaster:
         self, series: Sequence[Series], h: int | None, quantiles: Sequence[float], origins: Sequence[int] | None = None
     ) -> list[SeriesForecast]:
         """Forecasts of series that are read already."""
-        horizon = h or self.trained.spec.horizon
-        return forecast_series(self.trained, series, horizon, self._levels(quantiles), origins)
+        return forecast_series(self.trained, series, self._horizon(h), self._levels(quantiles), origins)
+
+    def _horizon(self, h: int | None) -> int:
+        horizon = self.trained.spec.horizon if h is None else h
+        if horizon < 1:
+            raise UserError(f"h={horizon}: must be at least 1")
+        return horizon
 
     def _levels(self, quantiles: Sequence[float]) -> tuple[float, ...]:
         levels = tuple(sorted(float(q) for q in quantiles))
