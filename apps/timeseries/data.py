@@ -13,6 +13,7 @@ from apps.errors import UserError
 from apps.loading import ResumableBatches, ResumableLoader, as_is, limited
 from apps.timeseries.models.base import Windows
 from apps.timeseries.models.spec import SeriesSpec
+from apps.timeseries.pretraining import Mixture, corpus_windows
 from apps.timeseries.settings import DataConfig
 from apps.timeseries.sources import default_split, load_series
 from apps.timeseries.windows import (
@@ -33,11 +34,12 @@ class SeriesData(LightningDataModule):
         config: source, splits, sizes.
         seed: of the shuffling.
         train_horizon: points of a training window's future, where the model wants others than `config.horizon`.
+        pack: put short series of pretraining corpora into one sequence, for a model that keeps them apart.
     """
 
-    def __init__(self, config: DataConfig, seed: int, train_horizon: int | None = None) -> None:
+    def __init__(self, config: DataConfig, seed: int, train_horizon: int | None = None, pack: bool = False) -> None:
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.pack = config, seed, pack
         self.train_horizon = train_horizon or config.horizon
         series = load_series(config)
         longest = max(config.horizon, *config.horizons)
@@ -59,11 +61,28 @@ class SeriesData(LightningDataModule):
     def train_set(self) -> Dataset:
         """Windows to learn from; nothing after the training part is in them."""
         config = self.config
+        if config.corpora:
+            return self._corpora()
         index = training_index(self.store, config.context, self.train_horizon, config.min_context, config.stride)
         if not len(index):
             raise UserError(f"data.source={config.source}: no series is long enough to train on")
         limits = np.array([border.train for border in self.store.borders])
         return WindowSet(self.store, index, config.context, self.train_horizon, limits, config.season)
+
+    def _corpora(self) -> Mixture:
+        """Sequences of the pretraining corpora; "train" is what comes before the borders of the source's series."""
+        config = self.config
+        parts = [one.until(border.train) for one, border in zip(self.store.series, self.store.borders, strict=True)]
+        return corpus_windows(
+            config.corpora,
+            config.corpus_length,
+            self.train_horizon,
+            pack=self.pack,
+            synthetic=config.synthetic_series,
+            size=config.corpus_size,
+            seed=self.seed,
+            train=parts,
+        )
 
     def windows(self, part: str, horizon: int | None = None, stride: int = 1) -> WindowSet:
         """All windows of "val" or "test" at a horizon."""

@@ -11,7 +11,7 @@ from apps.errors import UserError
 from apps.runs import load_checkpoint
 from apps.timeseries.forecasting import Intervals
 from apps.timeseries.models.base import ForecastModel
-from apps.timeseries.models.build import FAMILIES, build_model
+from apps.timeseries.models.build import FAMILIES, as_trained, build_model
 from apps.timeseries.models.spec import SeriesSpec
 from apps.timeseries.settings import TimeseriesConfig
 from apps.training import check_fits
@@ -49,7 +49,7 @@ def load_trained(path: Path, config: TimeseriesConfig | None = None) -> Trained:
     checkpoint = load_checkpoint(path, "timeseries")
     config = config or restore(TimeseriesConfig, checkpoint["config"])
     spec = SeriesSpec.from_plain(checkpoint["spec"])
-    model = build_model(config.model, spec)
+    model = build_model(as_trained(config.model, checkpoint.get("sizes")), spec)
     state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     check_fits(state, model, path)
     model.load_state_dict(state)
@@ -58,14 +58,13 @@ def load_trained(path: Path, config: TimeseriesConfig | None = None) -> Trained:
 
 
 def load_untrained(config: TimeseriesConfig) -> Trained:
-    """A model that needs no checkpoint of ours: published Time-MoE weights, or one that learns nothing.
+    """A model that needs no checkpoint of ours: published weights, or one that learns nothing.
 
     Raises:
         UserError: if the configured model must be trained first.
     """
-    ready = config.model.name == "seasonal_naive" or (
-        config.model.name == "timemoe" and config.model.timemoe.pretrained is not None
-    )
+    own = getattr(config.model, config.model.name, None)
+    ready = config.model.name == "seasonal_naive" or getattr(own, "pretrained", None) is not None
     if not ready:
         raise UserError(f"ckpt_path: is required for model.name={config.model.name}; train first, then give `last`")
     data = config.data

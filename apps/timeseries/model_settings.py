@@ -130,6 +130,8 @@ class SegMoEConfig:
 class MoiraiMoEConfig:
     """Moirai-MoE (arXiv 2410.10469): any-variate attention, experts by distance to centroids, mixture output."""
 
+    pretrained: str | None = None
+    """Folder of a published checkpoint (config.json and model.safetensors) to start from; it sets all sizes."""
     patch_size: int = 16
     """Points per patch."""
     d_model: int = 64

@@ -17,6 +17,7 @@ from apps.timeseries.embedded import embedded_series, synthetic_series
 from apps.timeseries.models.base import Windows
 from apps.timeseries.pretraining_corpora import Corpus, SeriesCorpus, open_corpus
 from apps.timeseries.pretraining_packing import Packing
+from apps.timeseries.series import Series
 from moecore.errors import choice, require
 
 Normalize = Literal["zero", "max", "none"]
@@ -200,11 +201,12 @@ def corpus_windows(
     synthetic: int = 2000,
     size: int | None = None,
     seed: int = 0,
+    train: Sequence[Series] = (),
 ) -> Mixture:
     """A mixture of corpora by name.
 
     Args:
-        corpora: share of each: "synthetic", "statsmodels", or the path of a corpus or a file of series.
+        corpora: share of each: "synthetic", "train", "statsmodels", or the path of a corpus or a file of series.
         length: points of a sequence.
         horizon: points of it that are its future.
         stride: see `CorpusWindows`.
@@ -213,11 +215,14 @@ def corpus_windows(
         synthetic: synthetic series to draw, each of 2 x `length` points.
         size: sequences per epoch.
         seed: of synthetic series, packing and order.
+        train: the series that "train" means.
     """
 
     def opened(name: str) -> Corpus:
         if name == "synthetic":
             return SeriesCorpus(synthetic_series(synthetic, 2 * length, seed))
+        if name == "train":
+            return SeriesCorpus(train)
         return SeriesCorpus(embedded_series()) if name == "statsmodels" else open_corpus(name)
 
     sources = [CorpusWindows(opened(name), length, horizon, stride, normalize, pack, seed) for name in corpora]

@@ -15,9 +15,9 @@ class DataConfig:
     """Series, how they are split, and the windows cut from them."""
 
     source: str = "statsmodels"
-    """statsmodels (real series that come with that library), corpus (a pretraining corpus, see corpora), a data set of
-    the catalogue (ETTh1, ETTh2, ETTm1, ETTm2, weather, electricity, traffic), or your file or folder: .csv, .csv.gz
-    or .parquet, long (unique_id, ds, y) or wide (a column per series)."""
+    """statsmodels (real series that come with that library), a data set of the catalogue (ETTh1, ETTh2, ETTm1, ETTm2,
+    weather, electricity, traffic), or your file or folder: .csv, .csv.gz or .parquet, long (unique_id, ds, y) or wide
+    (a column per series)."""
     root: str = "data"
     """Folder of the catalogue's data sets; what is missing is downloaded."""
     id_column: str = "unique_id"
@@ -64,12 +64,14 @@ class DataConfig:
     eval_batch_size: int = 256
     """Windows per step of validation and testing."""
     corpora: dict[str, float] = field(default_factory=dict)
-    """corpus: what to pretrain on and in what shares: synthetic, statsmodels, or paths of corpora (.jsonl, .json, .npy,
-    a folder with meta.json) and of series files."""
+    """Pretrain on these, in these shares, instead of the source's windows: synthetic, train (the training parts of the
+    source), statsmodels, or paths of corpora (.jsonl, .json, .npy, a folder with meta.json) and of series files."""
     corpus_length: int = 512
-    """corpus: points per training sequence; short series are packed into one."""
-    corpus_size: int = 2000
-    """corpus: number of synthetic series to draw."""
+    """Pretraining: points per sequence; short series are packed into one where the model keeps them apart."""
+    corpus_size: int | None = None
+    """Pretraining: sequences per epoch; null: as many as there are."""
+    synthetic_series: int = 2000
+    """Pretraining: number of synthetic series to draw, each of twice `corpus_length` points."""
 
     def __post_init__(self) -> None:
         for name in ("context", "horizon", "test_windows", "stride", "val_stride", "batch_size", "eval_batch_size"):
@@ -80,10 +82,11 @@ class DataConfig:
         least = self.min_context
         good = least is None or 1 <= least <= self.context
         require(good, "min_context", least, f"must lie between 1 and context={self.context}, or be null")
-        require(self.source != "corpus" or bool(self.corpora), "corpora", self.corpora, "name what to pretrain on")
         require(all(share > 0 for share in self.corpora.values()), "corpora", self.corpora, "shares must be positive")
         require(self.corpus_length >= 16, "corpus_length", self.corpus_length, "must be at least 16")
-        require(self.corpus_size >= 1, "corpus_size", self.corpus_size, "must be at least 1")
+        size = self.corpus_size
+        require(size is None or size >= 1, "corpus_size", size, "must be at least 1, or null")
+        require(self.synthetic_series >= 1, "synthetic_series", self.synthetic_series, "must be at least 1")
 
     @property
     def horizons(self) -> tuple[int, ...]:

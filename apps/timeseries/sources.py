@@ -50,7 +50,7 @@ def load_series(config: DataConfig) -> list[Series]:
     else:
         path = Path(config.source)
         if not path.exists():
-            known = ", ".join(["statsmodels", "corpus", *CATALOGUE])
+            known = ", ".join(["statsmodels", *CATALOGUE])
             raise UserError(f"data.source={config.source}: no such file or folder, and none of {known}")
         series = read_series(path, columns(config), config.freq, config.on_duplicates)
     return series

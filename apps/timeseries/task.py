@@ -12,7 +12,7 @@ from apps.timeseries.data import SeriesData
 from apps.timeseries.dense_start import start_from_run
 from apps.timeseries.forecasting import forecast_windows
 from apps.timeseries.models.base import Windows, filled, masked_mean, observed
-from apps.timeseries.models.build import FAMILIES, build_model
+from apps.timeseries.models.build import FAMILIES, build_model, resolved_sizes
 from apps.timeseries.models.spec import SeriesSpec
 from apps.timeseries.settings import TimeseriesConfig
 from apps.training import make_optimizer
@@ -69,3 +69,4 @@ class ForecastTask(LightningModule):
         checkpoint["app"] = "timeseries"
         checkpoint["config"] = plain(self.config)
         checkpoint["spec"] = self.spec.plain()
+        checkpoint["sizes"] = resolved_sizes(self.model)

@@ -56,7 +56,8 @@ def run_name(config: TimeseriesConfig, source: str | None) -> str:
 def make_data(config: TimeseriesConfig) -> SeriesData:
     """The data, with as much future in training windows as the model learns from."""
     family = FAMILIES[config.model.name]
-    return SeriesData(config.data, config.run.seed, family.future(config.model, config.data.horizon))
+    future = family.future(config.model, config.data.horizon)
+    return SeriesData(config.data, config.run.seed, future, family.packs)
 
 
 def _finish(config: TimeseriesConfig, args: Train, folder: Path, data: SeriesData) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from apps.timeseries.model_settings import ModelConfig
+from apps.timeseries.models import moirai_published
 from apps.timeseries.models.base import ForecastModel
 from apps.timeseries.models.baselines import SeasonalNaive
 from apps.timeseries.models.dlinear import DLinear
@@ -13,6 +16,8 @@ from apps.timeseries.models.ldl_moe import LDLMoE
 from apps.timeseries.models.moirai_moe import MoiraiMoE
 from apps.timeseries.models.segmoe import SegMoE
 from apps.timeseries.models.spec import SeriesSpec
+from apps.timeseries.models.timemoe import TimeMoE
+from apps.tree import plain, restore
 from moecore.errors import ConfigError, require
 
 
@@ -28,6 +33,8 @@ class Family:
     """(settings, horizon) -> points of future in a training window."""
     lr: float = 1e-3
     """Learning rate where the settings leave it open."""
+    packs: bool = False
+    """Whether it keeps several series in one sequence apart."""
 
 
 def _no_twin(config: ModelConfig) -> None:
@@ -42,9 +49,14 @@ def _ldl_moe(config: ModelConfig, spec: SeriesSpec) -> ForecastModel:
     return LDLMoE(config.ldl_moe, spec.context, spec.horizon, dense=config.dense)
 
 
-def _timemoe(config: ModelConfig, spec: SeriesSpec) -> ForecastModel:
-    from apps.timeseries.models.timemoe import TimeMoE
+def _moirai_moe(config: ModelConfig, spec: SeriesSpec) -> ForecastModel:
+    own = config.moirai_moe
+    if own.pretrained is not None and not config.dense:
+        return moirai_published.from_pretrained(own.pretrained, own.num_samples)
+    return MoiraiMoE(own, config.dense)
 
+
+def _timemoe(config: ModelConfig, spec: SeriesSpec) -> ForecastModel:
     return TimeMoE.from_config(config.timemoe, dense=config.dense)
 
 
@@ -64,8 +76,8 @@ FAMILIES: dict[str, Family] = {
         _segmoe,
         lambda config, horizon: config.segmoe.block or horizon,
     ),
-    "timemoe": Family("TimeMoE", _timemoe, lambda config, horizon: max(config.timemoe.horizons)),
-    "moirai_moe": Family("MoiraiMoE", lambda config, spec: MoiraiMoE(config.moirai_moe, dense=config.dense)),
+    "timemoe": Family("TimeMoE", _timemoe, lambda config, horizon: max(config.timemoe.horizons), packs=True),
+    "moirai_moe": Family("MoiraiMoE", _moirai_moe, packs=True),
     "ldl_moe": Family("LDLMoE", _ldl_moe),
     "dlinear": Family("DLinear", _dlinear),
     "seasonal_naive": Family("SeasonalNaive", _seasonal_naive),
@@ -89,3 +101,16 @@ def build_model(config: ModelConfig, spec: SeriesSpec) -> ForecastModel:
         field = error.field if error.field.startswith(("data.", "model.")) else f"model.{config.name}.{error.field}"
         field = "model.dense" if error.field == "dense" else field
         raise ConfigError(field, error.value, error.remedy) from None
+
+
+def resolved_sizes(model: ForecastModel) -> dict[str, Any] | None:
+    """Settings of a model as plain data, where they may come from a folder of published weights; else None."""
+    return plain(model.config) if isinstance(model, (TimeMoE, MoiraiMoE)) else None
+
+
+def as_trained(config: ModelConfig, sizes: dict[str, Any] | None) -> ModelConfig:
+    """The settings with the sizes that a checkpoint keeps in place of a folder of published weights."""
+    own = getattr(config, config.name, None)
+    if sizes is None or getattr(own, "pretrained", None) is None:
+        return config
+    return dataclasses.replace(config, **{config.name: restore(type(own), sizes)})
