@@ -35,7 +35,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
 
 def load_over_time(layers: Mapping[str, tuple[Sequence[float], np.ndarray]]) -> Figure:
     """Per layer the share of pairs each expert got: (steps, [steps, E]) as stacked areas."""
-    columns = min(3, len(layers))
+    columns = _columns(len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat
@@ -65,10 +65,10 @@ def heatmaps(
         rows: names.
         row_label: what the rows are.
         column_label: what the columns are.
-        vmax: value of the darkest shade; None: the largest of each matrix.
+        vmax: value of the darkest shade, for all of them; None: the largest of each matrix.
         signed: values on both sides of zero, in two colours, up to `vmax` or the largest deviation of each matrix.
     """
-    columns = min(3, len(maps))
+    columns = _columns(len(maps))
     lines = -(-len(maps) // columns)
     height = max(2.2, 0.22 * len(rows) + 0.9)
     figure = Figure(figsize=(10, min(height, 30) * lines), layout="constrained")
@@ -85,9 +85,12 @@ def heatmaps(
             _name_rows(axes, rows)
         else:
             axes.set_yticks([])
-        figure.colorbar(picture, ax=axes, shrink=0.8)
+        if vmax is None:
+            figure.colorbar(picture, ax=axes, shrink=0.8)
     for axes in grid[len(maps) :]:
         axes.set_axis_off()
+    if vmax is not None:
+        figure.colorbar(picture, ax=grid, shrink=0.8, aspect=5 * figure.get_figheight())
     return figure
 
 
@@ -132,6 +135,11 @@ def bars(values: Mapping[str, float], marks: Mapping[str, float], label: str, ma
     figure.legend(frameon=False, fontsize=8, loc="outside upper right")
     clean(axes)
     return figure
+
+
+def _columns(panels: int) -> int:
+    """Panels side by side: rather four in a row than one alone below three."""
+    return 4 if panels in (4, 7, 8) or panels > 9 else min(3, panels)
 
 
 def _name_rows(axes, rows: Sequence[str]) -> None:

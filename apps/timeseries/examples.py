@@ -114,7 +114,7 @@ def _example(windows: WindowSet, row: int, forecast: Forecast, words: str) -> Ex
     if parts:
         level = "trend" if "trend" in parts else next(iter(parts))
         parts[level] = parts[level] + shift
-    name = series.id if len(series.id) <= 26 else series.id[:25] + "…"
+    name = series.id.strip() if len(series.id) <= 26 else series.id[:25].strip() + "…"
     return Example(
         series,
         row,

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from apps.timeseries.series import Series, parse_freq
 
-MOST = 48
+MOST = 24
 """Phases of a season without a calendar; longer ones are counted in so many equal parts."""
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -31,11 +31,8 @@ class Calendar:
 
 
 HOURS = Calendar("hour of the day", tuple(map(str, range(24))), lambda t: t.hour)
-MINUTES = Calendar("minute of the hour", tuple(map(str, range(60))), lambda t: t.minute)
-WEEKDAYS = Calendar("day of the week", DAYS, lambda t: t.dayofweek)
-WEEKS = Calendar(
-    "week of the year", tuple(str(i + 1) for i in range(52)), lambda t: np.minimum((t.dayofyear - 1) // 7, 51)
-)
+MINUTES = Calendar("minute of the hour", tuple(f"{5 * i}-{5 * i + 4}" for i in range(12)), lambda t: t.minute // 5)
+WEEKDAYS = Calendar("day of the week", DAYS, lambda t: t.day_of_week)
 MONTH = Calendar("month", MONTHS, lambda t: t.month - 1)
 QUARTER = Calendar("quarter", ("Q1", "Q2", "Q3", "Q4"), lambda t: t.quarter - 1)
 
@@ -55,12 +52,12 @@ def _named(freq: str | int) -> Calendar | None:
         return None
     offset = parse_freq(freq)
     if isinstance(offset, pd.offsets.Day):
-        return WEEKDAYS if offset.n % 7 else WEEKS
+        return WEEKDAYS if offset.n % 7 else MONTH
     if isinstance(offset, pd.offsets.Tick):
         seconds = pd.Timedelta(offset).total_seconds()
         return MINUTES if seconds < 60 else HOURS if seconds < 86_400 else WEEKDAYS
     name = offset.rule_code.split("-")[0].lstrip("CB") or "B"
-    return {"B": WEEKDAYS, "W": WEEKS, "M": MONTH, "Q": QUARTER}.get(name[0])
+    return {"B": WEEKDAYS, "W": MONTH, "M": MONTH, "Q": QUARTER}.get(name[0])
 
 
 class Phases:

@@ -24,8 +24,6 @@ from apps.timeseries.series import Series
 from moecore.files import atomic_path
 
 INK, BLUE, ORANGE = "#1d2330", "#2f6fb5", "#d9822b"
-PADDING = (0.93, 0.93, 0.93)
-"""Colour of units without any observed point."""
 MOST_PANELS = 6
 """Layers that a context is drawn for one by one; of more there are only strips."""
 MOST_BORDERS = 64
@@ -232,7 +230,8 @@ def by_step(measures: Mapping[str, Mapping[str, Float[np.ndarray, " H"]]]) -> Fi
     for axes, (measure, lines) in zip(grid, measures.items(), strict=False):
         for (name, values), (color, style) in zip(lines.items(), _styles(), strict=False):
             steps = np.arange(1, len(values) + 1)
-            line(axes, steps, values, color, name, linestyle=style, marker="o" * (len(steps) < 3))
+            line(axes, steps, values, color, name, linestyle=style)
+        axes.set_xlim(left=1)
         axes.set_title(measure, loc="left", fontsize=10)
         axes.set_xlabel("step of the horizon", fontsize=8, color=GREY)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -323,10 +322,9 @@ def _paint(axes, one: Example, use: ExpertUse, times: np.ndarray, alpha: float) 
     experts = use.maps[one.row][:count]
     for first, last in [(u, u) for u in range(count)] if borders else _runs(experts):
         start, end = (max(0, int(p) - skipped) for p in (use.starts[first], use.ends[last]))
-        if end <= start:
+        if end <= start or experts[first] < 0:
             continue
-        color = expert_color(int(experts[first])) if experts[first] >= 0 else PADDING
-        axes.axvspan(times[start], times[end], color=color, alpha=alpha, linewidth=0)
+        axes.axvspan(times[start], times[end], color=expert_color(int(experts[first])), alpha=alpha, linewidth=0)
         if borders and start > 0:
             axes.axvline(times[start], color="white", linewidth=1.4)
 

@@ -57,7 +57,7 @@ def write_report(trained: Trained, evaluation: Evaluation, data: SeriesData, pat
     )
     _accuracy(page, evaluation, first)
     _learning(page, curves)
-    rows = sampled(first.windows, affordable(cost.macs, FORECAST_MACS, least=9, most=400))
+    rows = sampled(len(first.windows), affordable(cost.macs, FORECAST_MACS, least=9, most=400), len(first.windows))
     scales = data.store.naive_errors(data.config.season)
     examples = choose_examples(trained, first.windows, rows, scales)
     _forecasts(page, trained, examples, len(rows), len(first.windows))
@@ -78,7 +78,7 @@ def _subtitle(trained: Trained, data: SeriesData, first: Horizon) -> str:
 def _key_figures(evaluation: Evaluation, first: Horizon, cost: moecore.Cost) -> dict[str, str]:
     overall = first.sums[evaluation.model].overall()
     horizon = first.windows.horizon
-    found = {f"test {_title(name)}, {horizon} steps": _number(overall[name]) for name in ("mse", "mae", "mase")}
+    found = {f"test {_title(name)}, {_steps(horizon)}": _number(overall[name]) for name in ("mse", "mae", "mase")}
     if "crps" in overall:
         found["normalised CRPS"] = _number(overall["crps"])
         found["of the truth inside the 80% interval"] = f"{overall['coverage_80']:.0%}"
@@ -92,6 +92,10 @@ def _key_figures(evaluation: Evaluation, first: Horizon, cost: moecore.Cost) -> 
 
 def _title(measure: str) -> str:
     return TITLES.get(measure, measure)
+
+
+def _steps(horizon: int) -> str:
+    return "1 step" if horizon == 1 else f"{horizon} steps"
 
 
 def _number(value: float) -> str:
@@ -127,7 +131,7 @@ def _comparison(model: str, first: Horizon) -> str:
             size = f"{abs(change):.1%}"
             how = "the same as" if size == "0.0%" else f"{size} {'above' if change > 0 else 'below'} that"
             phrases.append(f"{how} of {name} ({other:.3g})")
-    words = f"At {first.windows.horizon} steps the mean absolute error is {_number(own)}"
+    words = f"At {_steps(first.windows.horizon)} the mean absolute error is {_number(own)}"
     return words + (": " + ", and ".join(phrases) if phrases else "") + "."
 
 
@@ -183,18 +187,17 @@ def _errors(page: Page, evaluation: Evaluation) -> None:
         _title(key): {n: values[key] for n, values in steps.items() if key in values and np.isfinite(values[key]).any()}
         for key in BY_STEP
     }
-    section = page.section("Error by step of the horizon")
-    section.figure(
-        pictures.by_step({title: lines for title, lines in measures.items() if lines}),
-        f"Over all test windows of {last.windows.horizon} steps.",
-    )
+    over = f"Over {len(last.windows):,} test windows of {_steps(last.windows.horizon)}."
+    if last.windows.horizon > 1:
+        shown = {title: lines for title, lines in measures.items() if lines}
+        page.section("Error by step of the horizon").figure(pictures.by_step(shown), over)
     sums = {name: one for name, one in last.sums.items() if one.levels}
     if sums:
         section = page.section("Calibration")
         section.figure(
             pictures.calibration({n: one.calibration() for n, one in sums.items()}, next(iter(sums.values())).levels),
-            "How much of the truth lies below each quantile. Above the diagonal: quantiles are too high; steeper than "
-            "the diagonal in the middle: intervals are too wide.",
+            f"{over} How much of the truth lies below each quantile. Above the diagonal: quantiles are too high; "
+            "steeper than the diagonal in the middle: intervals are too wide.",
         )
 
 

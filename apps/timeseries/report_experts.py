@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from apps import figures
 from apps.report import Page, Section
 from apps.timeseries import pictures
 from apps.timeseries.models.base import ForecastModel, Windows
 from apps.timeseries.pictures import Example
-from apps.timeseries.routing import ByLabel, ExpertUse, affordable, count_forecast, expert_use, sampled, shares
+from apps.timeseries.routing import (
+    ByLabel,
+    ExpertUse,
+    affordable,
+    contexts,
+    count_forecast,
+    expert_use,
+    sampled,
+    shares,
+)
 from apps.timeseries.series import Series
+from apps.timeseries.traits import Traits
 from apps.timeseries.windows import WindowSet
 
 ROUTING_MACS = 20e9
@@ -20,7 +31,7 @@ ROUTING_MACS = 20e9
 MOST_LAYERS, MOST_ROWS = 12, 30
 """Layers and series that heat maps show."""
 LEAST_UNITS = 10
-"""Of a phase, to say anything about it."""
+"""At most phases of a season, to say anything about it."""
 LEAST_SHADE = 0.05
 """Deviation of a share that has the darkest shade at least, so that noise stays pale."""
 
@@ -44,13 +55,14 @@ def add_experts(
         curves: of the training.
     """
     macs = count_forecast(model, one, None).macs
-    rows = sampled(windows, affordable(macs, ROUTING_MACS, least=12, most=2000))
-    use = expert_use(model, windows, rows, [example.row for example in examples])
+    found = contexts(windows)
+    rows = sampled(len(found), affordable(macs, ROUTING_MACS, least=12, most=2000), len(windows))
+    use = expert_use(model, found, rows, [example.row for example in examples])
     if not use:
         return
     names = dict(zip(use, _names(list(use)), strict=True))
     shown = dict(list(names.items())[:: -(-len(names) // MOST_LAYERS)])
-    _patterns(page, use, names, windows.store.series, len(rows), len(windows))
+    _patterns(page, use, names, windows.store.series, _words(rows, len(windows)))
     _maps(page, use, shown, windows.store.series)
     _contexts(page, use, names, examples)
     _load(page, use, names, curves)
@@ -74,15 +86,13 @@ def _patterns(
     use: Mapping[str, ExpertUse],
     names: Mapping[str, str],
     series: Sequence[Series],
-    rows: int,
-    windows: int,
+    looked_at: str,
 ) -> None:
     section = page.section("Which experts handle which patterns")
-    of = f"{rows:,} of {windows:,} test windows" if rows < windows else f"{windows:,} test windows"
     section.text(
-        f"From the contexts of {of}. Specialisation is the mutual information between a label of a unit (a point, a "
-        "patch, a segment or a context: what a layer routes as one) and its expert, as a share of the label's entropy: "
-        "0 when routing ignores the label, 1 when the expert alone gives it away."
+        f"From the contexts of {looked_at}. Specialisation is the mutual information between a label of a unit (a "
+        "point, a patch, a segment or a context: what a layer routes as one) and its expert, as a share of the label's "
+        "entropy: 0 when routing ignores the label, 1 when the expert alone gives it away."
     )
     panels = {
         title: {names[layer]: (table.specialisation, table.chance) for layer, table in tables.items()}
@@ -99,6 +109,14 @@ def _patterns(
         section.text(words)
 
 
+def _words(rows: Int[np.ndarray, " R"], windows: int) -> str:
+    """How many windows were looked at, of how many test windows."""
+    tests = int((rows < windows).sum())
+    if tests < len(rows):
+        return f"{windows:,} test windows and {len(rows) - tests:,} earlier ones"
+    return f"{tests:,} of {windows:,} test windows" if tests < windows else f"{windows:,} test windows"
+
+
 def _labels(use: Mapping[str, ExpertUse], series: Sequence[Series]) -> dict[str, dict[str, ByLabel]]:
     """What is known of units: title -> layer -> counts. Only what tells at least two of them apart."""
     found: dict[str, dict[str, ByLabel]] = {}
@@ -106,7 +124,7 @@ def _labels(use: Mapping[str, ExpertUse], series: Sequence[Series]) -> dict[str,
     groups = [frequencies.index(str(one.freq)) for one in series]
     for layer, one in use.items():
         for title, table in one.phase.items():
-            found.setdefault(title, {})[layer] = table.without(LEAST_UNITS)
+            found.setdefault(title, {})[layer] = table if _enough(table) else ByLabel.zeros(*table.counts.shape)
         found.setdefault("series", {})[layer] = one.series
         found.setdefault("frequency", {})[layer] = one.series.grouped(groups, len(frequencies))
     return {
@@ -114,6 +132,12 @@ def _labels(use: Mapping[str, ExpertUse], series: Sequence[Series]) -> dict[str,
         for title, tables in found.items()
         if all((table.counts.sum(1) > 0).sum() > 1 for table in tables.values())
     }
+
+
+def _enough(table: ByLabel) -> bool:
+    """Whether there are so many units at most phases that their experts mean something."""
+    units = table.counts.sum(1)
+    return bool(units.any()) and float(np.median(units[units > 0])) >= LEAST_UNITS
 
 
 def _row(use: ExpertUse) -> dict[str, float | int | str]:
@@ -136,24 +160,27 @@ def _dead(use: Mapping[str, ExpertUse], names: Mapping[str, str]) -> list[str]:
     for layer, one in use.items():
         load = one.load
         idle = [e for e in np.flatnonzero(load < 0.1 / len(load)).tolist() if e not in one.dead]
-        for experts, what in ((one.dead, "got nothing"), (idle, "got less than a tenth of an even share")):
-            if experts:
-                numbers = ", ".join(map(str, experts))
-                words.append(f"{names[layer]}: expert{'s' * (len(experts) > 1)} {numbers} {what}.")
+        found = [
+            f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))} {what}"
+            for experts, what in ((one.dead, "got nothing"), (idle, "got less than a tenth of an even share"))
+            if experts
+        ]
+        words += [f"{names[layer]}: {'; '.join(found)}."] if found else []
     if not words:
         return ["No expert is dead: every one got at least a tenth of an even share."]
-    return words if len(words) <= 12 else [*words[:12], f"And so on in {len(words) - 12} more cases."]
+    return words if len(words) <= 12 else [*words[:12], f"And so on in {len(words) - 12} more layers."]
 
 
 def _maps(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str], series: Sequence[Series]) -> None:
     """Heat maps of expert by phase, by frequency, by series."""
     labels = _labels({layer: use[layer] for layer in names}, series)
+    section = page.section("What experts see, and when")
+    _traits(section, use, names)
     if not labels:
         return
-    section = page.section("Experts by season, frequency and series")
     section.text(
-        "How much more (red) or less (blue) of a label's units go to an expert than of all units: 0.1 means 10 more in "
-        "100. White rows mean that routing ignores the label."
+        "How much more (red) or less (blue) of a row's units go to an expert than of all rows together: 0.1 means 10 "
+        "more in 100. Pale rows mean that routing ignores what the rows stand for."
     )
     for title, tables in labels.items():
         if title == "series":
@@ -163,6 +190,19 @@ def _maps(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str], se
         else:
             rows = list(next(iter(use.values())).phase_names[title])
         _map(section, title, {names[layer]: table for layer, table in tables.items()}, rows)
+
+
+def _traits(section: Section, use: Mapping[str, ExpertUse], names: Mapping[str, str]) -> None:
+    maps = {name: use[layer].traits.table() for layer, name in names.items()}
+    if not any(values.any() for values in maps.values()):
+        return
+    largest = max(LEAST_SHADE, *(float(np.abs(values).max()) for values in maps.values()))
+    section.figure(
+        figures.heatmaps(maps, Traits.NAMES, "", "expert", vmax=largest, signed=True),
+        "How the units of an expert differ from all units of the layer, in deviations: their level in the normalised "
+        "context, how much they rise (their second half less the first; single points: the step to them), and their "
+        "roughness (mean absolute step).",
+    )
 
 
 def _clipped(id: str) -> str:
@@ -192,8 +232,8 @@ def _contexts(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str]
         for example in _longest(examples):
             section.figure(
                 pictures.context_routing(example, use, along),
-                f"{example.label}: the context, coloured by the expert with the largest weight, layer by layer; where "
-                "nothing was observed it is grey.",
+                f"{example.label}: the context, coloured by the expert with the largest weight, layer by layer; white "
+                "where nothing was observed.",
             )
     if whole:
         maps = {name: np.stack([use[layer].weights[one.row] for one in examples]) for layer, name in whole.items()}

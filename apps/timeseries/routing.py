@@ -6,6 +6,7 @@ Units without any observed point are padding and count nowhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +17,10 @@ from torch import nn
 
 import moecore
 from apps.timeseries.data import SeriesData
-from apps.timeseries.models.base import ForecastModel, Windows
+from apps.timeseries.models.base import ForecastModel, Windows, instance_scale
 from apps.timeseries.phases import Phases
-from apps.timeseries.windows import WindowSet
+from apps.timeseries.traits import Traits, between
+from apps.timeseries.windows import WindowSet, evaluation_index, training_index
 
 DRAWS = 3
 """Shuffles that chance is averaged over."""
@@ -47,10 +49,6 @@ class ByLabel:
         """The same with shuffled labels: what so many windows give by chance."""
         return float(np.mean([moecore.specialisation(torch.from_numpy(draw)) for draw in self.shuffled]))
 
-    def without(self, least: int) -> ByLabel:
-        """Labels of less than so many slots emptied."""
-        return ByLabel(*(part * (part.sum(-1, keepdims=True) >= least) for part in (self.counts, self.shuffled)))
-
     def grouped(self, groups: Sequence[int], count: int) -> ByLabel:
         """Labels joined to `count` groups, given the group of each label."""
         found = ByLabel.zeros(count, self.counts.shape[1])
@@ -75,6 +73,8 @@ class ExpertUse:
     """Where in the context each unit begins, in points; negative where a first patch reaches before it."""
     ends: Int[np.ndarray, " U"]
     """Where it ends."""
+    traits: Traits
+    """What the units of each expert look like."""
     maps: dict[int, Int[np.ndarray, " U"]] = field(default_factory=dict)
     """Row of the window set -> main expert of each unit, -1 for padding: of the windows asked for."""
     weights: dict[int, Float[np.ndarray, " E"]] = field(default_factory=dict)
@@ -119,9 +119,9 @@ def expert_use(
         with moecore.record(model) as recording:
             positions = model.trace(batch.to(device)).cpu().numpy()
         stats.update(recording)
-        seen = np.isfinite(batch.past.numpy())
+        past = instance_scale(batch.past).normalize(batch.past).numpy()
         for routing in recording:
-            counter.add(routing, part, unit_spans(model, routing, positions, len(part), windows.context), seen)
+            counter.add(routing, part, unit_spans(model, routing, positions, len(part), windows.context), past)
     metrics = stats.metrics()
     return {name: ExpertUse(metrics[name], **counter.tables(name)) for name in counter.found}
 
@@ -154,14 +154,13 @@ class _Counter:
         self._shuffled = {int(r): s for r, s in zip(rows, _permuted(rng, series).T, strict=True)}
         self._turns = {int(r): t for r, t in zip(rows, rng.integers(0, 1 << 30, (len(rows), DRAWS)), strict=True)}
 
-    def add(self, routing: moecore.Routing, rows: Int[np.ndarray, " B"], spans: tuple, seen: Bool[np.ndarray, "B L"]):
-        """Count one call of a layer on a batch."""
+    def add(self, routing: moecore.Routing, rows: Int[np.ndarray, " B"], spans: tuple, past: Float[np.ndarray, "B L"]):
+        """Count one call of a layer on a batch; contexts are normalised."""
         starts, ends = spans
         experts = routing.assignment.num_experts
         own = self.found.setdefault(routing.name, self._empty(experts, starts, ends))
         chosen = routing.assignment.chosen().cpu().numpy().reshape(len(rows), -1, experts)
-        before = np.concatenate([np.zeros((len(rows), 1), int), seen.cumsum(1)], 1)
-        real = before[:, ends] > before[:, starts.clip(min=0)]  # [B, U]
+        real = between(np.isfinite(past).astype(int), starts, ends) > 0  # [B, U]
         chosen = chosen & real[..., None]
         per_window = chosen.sum(1)
         np.add.at(own["series"].counts, self.windows.index[rows, 0], per_window)
@@ -169,12 +168,21 @@ class _Counter:
         for draw, shuffled in zip(own["series"].shuffled, labels, strict=True):
             np.add.at(draw, shuffled, per_window)
         self._add_phases(own["phase"], rows, chosen, starts)
+        own["traits"].add(past, chosen, starts, ends)
         self._keep(own, routing, rows, real)
 
     def _empty(self, experts: int, starts: np.ndarray, ends: np.ndarray) -> dict:
         series = ByLabel.zeros(len(self.windows.store.series), experts)
         phase = ByLabel.zeros(self.phases.count, experts)
-        return {"series": series, "phase": phase, "starts": starts, "ends": ends, "maps": {}, "weights": {}}
+        return {
+            "series": series,
+            "phase": phase,
+            "starts": starts,
+            "ends": ends,
+            "traits": Traits(experts),
+            "maps": {},
+            "weights": {},
+        }
 
     def _add_phases(self, table: ByLabel, rows: np.ndarray, chosen: Bool[np.ndarray, "B U E"], starts) -> None:
         """A unit's phase is that of its first point; of a context as a whole, of the first point to forecast."""
@@ -211,15 +219,29 @@ class _Counter:
         return own | {"phase": phase, "phase_names": names}
 
 
+def contexts(windows: WindowSet) -> WindowSet:
+    """Test windows, and after them windows of the same series' earlier points: contexts to look at, not futures."""
+    store, found = windows.store, copy.copy(windows)
+    earlier = [evaluation_index(store, "val", windows.context, 1), training_index(store, windows.context, 1)]
+    found.index, found.horizon = np.concatenate([windows.index, *earlier]), 1
+    return found
+
+
 def _permuted(rng: np.random.Generator, values: Int[np.ndarray, " R"]) -> Int[np.ndarray, "draws R"]:
     return np.stack([rng.permutation(values) for _ in range(DRAWS)])
 
 
-def sampled(windows: WindowSet, most: int) -> Int[np.ndarray, " R"]:
-    """Rows of at most so many windows. At random: evenly spaced ones may all lie at the same phase of the season."""
-    if len(windows) <= most:
-        return np.arange(len(windows))
-    return np.sort(np.random.default_rng(0).choice(len(windows), most, replace=False))
+def sampled(count: int, most: int, first: int = 0) -> Int[np.ndarray, " R"]:
+    """At most so many of `count` windows, the first so many before any others.
+
+    At random: evenly spaced windows may all lie at the same phase of the season.
+    """
+    if count <= most:
+        return np.arange(count)
+    rng = np.random.default_rng(0)
+    if first < most:
+        return np.append(np.arange(first), np.sort(first + rng.choice(count - first, most - first, replace=False)))
+    return np.sort(rng.choice(first, most, replace=False))
 
 
 def affordable(macs: int, budget: float, least: int, most: int) -> int:
