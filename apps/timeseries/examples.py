@@ -12,7 +12,7 @@ from apps.timeseries.evaluation import LEVELS, forecast_batch
 from apps.timeseries.loading import Trained
 from apps.timeseries.models.base import Forecast
 from apps.timeseries.models.baselines import SeasonalNaive
-from apps.timeseries.pictures import Example
+from apps.timeseries.pictures import Example, short_name
 from apps.timeseries.windows import WindowSet
 
 KINDS = ("best", "median", "worst")
@@ -114,13 +114,12 @@ def _example(windows: WindowSet, row: int, forecast: Forecast, words: str) -> Ex
     if parts:
         level = "trend" if "trend" in parts else next(iter(parts))
         parts[level] = parts[level] + shift
-    name = series.id.strip() if len(series.id) <= 26 else series.id[:25].strip() + "…"
     return Example(
         series,
         row,
         origin,
         windows.context,
-        f"{name}: {words}",
+        f"{short_name(series.id, 26)}: {words}",
         forecast.mean.double().numpy() * scale + shift,
         naive.double().numpy() * scale + shift,
         None if forecast.quantiles is None else forecast.quantiles.double().numpy() * scale + shift,

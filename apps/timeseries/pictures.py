@@ -95,12 +95,18 @@ def plot_forecasts(
         line(axes, plain_times(one.series.times(first, one.origin)), one.series.y[first : one.origin], INK, "history")
         _intervals(axes, plain_times(one.times), one.quantiles, levels)
         line(axes, plain_times(one.times), one.mean, BLUE, title)
-        axes.set_title(one.series.id, loc="left", fontsize=10)
+        axes.set_title(short_name(one.series.id, 90), loc="left", fontsize=10)
         _time_axis(axes, 8)
         figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
         with atomic_path(folder / name) as temporary, open(temporary, "wb") as file:
             figure.savefig(file, format="png", dpi=120)
     return folder
+
+
+def short_name(id: str, most: int) -> str:
+    """An id as one line of at most so many characters."""
+    name = " ".join(id.split())
+    return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 
 def _file_names(ids: Sequence[str]) -> list[str]:

@@ -14,13 +14,14 @@ from apps.curves import read_curves
 from apps.report import Page
 from apps.runs import run_folder
 from apps.timeseries import pictures
+from apps.timeseries.cost import forecast_cost
 from apps.timeseries.data import SeriesData
 from apps.timeseries.evaluation import Evaluation, Horizon
 from apps.timeseries.examples import choose_examples
 from apps.timeseries.loading import Trained
 from apps.timeseries.pictures import Example
 from apps.timeseries.report_experts import add_experts
-from apps.timeseries.routing import affordable, count_forecast, example, sampled
+from apps.timeseries.routing import affordable, example, sampled
 
 MOST_SERIES = 30
 """Rows of the table of series."""
@@ -48,7 +49,7 @@ def write_report(trained: Trained, evaluation: Evaluation, data: SeriesData, pat
         path: of the file.
     """
     first = next(iter(evaluation.horizons.values()))
-    cost = count_forecast(trained.model, example(data, first.windows.horizon), first.windows.horizon)
+    cost = forecast_cost(trained.model, example(data, first.windows.horizon), first.windows.horizon)
     curves = read_curves(run_folder(trained.path) / "metrics.csv") if trained.path else []
     page = Page(
         title=f"{run_folder(trained.path).name}: {trained.title}" if trained.path else trained.title,
@@ -215,15 +216,14 @@ def _series(page: Page, evaluation: Evaluation, first: Horizon) -> None:
         section.text(f"The {MOST_SERIES} series with the largest errors, of {len(order)}.")
     rows = []
     for i in order[:MOST_SERIES]:
-        row: dict[str, object] = {"series": _clipped(windows.store.series[i].id), "windows": int(counts[i])}
+        row: dict[str, object] = {
+            "series": pictures.short_name(windows.store.series[i].id, 40),
+            "windows": int(counts[i]),
+        }
         row |= {_title(m): _cell(float(own[m][i])) for m in ("mse", "mae", "crps", "mase") if m in own}
         row |= {f"{n} MASE": _cell(float(v["mase"][i])) for n, v in per_series.items() if n != evaluation.model}
         rows.append(row)
     section.table(rows)
-
-
-def _clipped(id: str) -> str:
-    return id if len(id) <= 40 else id[:39] + "…"
 
 
 def _all_figures(page: Page, evaluation: Evaluation, cost: moecore.Cost) -> None:

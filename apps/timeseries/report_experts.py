@@ -17,10 +17,10 @@ from apps.timeseries.routing import (
     ExpertUse,
     affordable,
     contexts,
-    count_forecast,
     expert_use,
     sampled,
     shares,
+    trace_macs,
 )
 from apps.timeseries.series import Series
 from apps.timeseries.traits import Traits
@@ -54,9 +54,8 @@ def add_experts(
         examples: windows whose routing may be shown.
         curves: of the training.
     """
-    macs = count_forecast(model, one, None).macs
     found = contexts(windows)
-    rows = sampled(len(found), affordable(macs, ROUTING_MACS, least=12, most=2000), len(windows))
+    rows = sampled(len(found), affordable(trace_macs(model, one), ROUTING_MACS, least=12, most=2000), len(windows))
     use = expert_use(model, found, rows, [example.row for example in examples])
     if not use:
         return
@@ -184,7 +183,7 @@ def _maps(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str], se
     )
     for title, tables in labels.items():
         if title == "series":
-            rows = [_clipped(one.id) for one in series]
+            rows = [pictures.short_name(one.id, 24) for one in series]
         elif title == "frequency":
             rows = sorted({str(one.freq) for one in series})
         else:
@@ -203,10 +202,6 @@ def _traits(section: Section, use: Mapping[str, ExpertUse], names: Mapping[str, 
         "context, how much they rise (their second half less the first; single points: the step to them), and their "
         "roughness (mean absolute step).",
     )
-
-
-def _clipped(id: str) -> str:
-    return id if len(id) <= 24 else id[:23] + "…"
 
 
 def _map(section: Section, title: str, tables: Mapping[str, ByLabel], rows: Sequence[str]) -> None:

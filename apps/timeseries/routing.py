@@ -262,18 +262,18 @@ def example(data: SeriesData, horizon: int | None = None) -> Windows:
     return Windows(batch.past, None, batch.futr, batch.hist, batch.stat, season=batch.season)
 
 
-class _Call(nn.Module):
-    """A model whose forward is its forecast, or its trace."""
+class _Tracing(nn.Module):
+    """A model whose forward is its trace."""
 
-    def __init__(self, model: ForecastModel, horizon: int | None) -> None:
+    def __init__(self, model: ForecastModel) -> None:
         super().__init__()
-        self.model, self.horizon = model, horizon
+        self.model = model
 
     def forward(self, windows: Windows) -> object:
-        return self.model.trace(windows) if self.horizon is None else self.model.forecast(windows, self.horizon)
+        return self.model.trace(windows)
 
 
-def count_forecast(model: ForecastModel, windows: Windows, horizon: int | None) -> moecore.Cost:
-    """Parameters, and multiply-adds of forecasting windows; with `horizon=None`, of one pass over their contexts."""
+def trace_macs(model: ForecastModel, windows: Windows) -> int:
+    """Multiply-adds of one pass over the contexts of windows."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return moecore.count_cost(_Call(model, horizon), windows.to(device))
+    return moecore.count_cost(_Tracing(model), windows.to(device)).macs
