@@ -49,7 +49,7 @@ def model(request, folder) -> TimeMoE:
 
 def close(ours: Tensor, theirs: Tensor, what: str) -> None:
     assert ours.shape == theirs.shape, what
-    error = float((ours.detach() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    error = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max().clamp(min=1e-12))
     LOG.info("%s: relative error %.1e", what, error)
     assert error <= TOLERANCE, f"{what}: {error}"
 
