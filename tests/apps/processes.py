@@ -5,6 +5,7 @@ Tests import this module by name, because what a process runs must be importable
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -16,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["apps.vision.verbs", "apps.vision.report"])
+CONTEXT.set_forkserver_preload(["apps.vision.verbs", "apps.vision.report", "apps.timeseries.verbs"])
 
 
 @dataclass
@@ -45,26 +46,38 @@ class Command:
         return self.process.exitcode
 
 
-def start(argv: Sequence[str], log: Path, kill_at_batch: int | None = None, file_size: int | None = None) -> Command:
-    """Start `python -m apps.vision ARGV`.
+def start(
+    argv: Sequence[str],
+    log: Path,
+    kill_at_batch: int | None = None,
+    file_size: int | None = None,
+    app: str = "vision",
+) -> Command:
+    """Start `python -m apps.<app> ARGV`.
 
     Args:
         argv: verb and flags.
         log: output goes to this path with .out and .err.
         kill_at_batch: the process sends itself SIGKILL when it is about to train on the batch of this number.
         file_size: bytes beyond which no file can grow, as on a disk that fills up.
+        app: whose command line.
     """
-    process = CONTEXT.Process(target=_run, args=(list(argv), str(log), kill_at_batch, file_size, dict(os.environ)))
+    given = (app, list(argv), str(log), kill_at_batch, file_size, dict(os.environ))
+    process = CONTEXT.Process(target=_run, args=given)
     process.start()
     return Command(process, log)
 
 
 def _run(
-    argv: list[str], log: str, kill_at_batch: int | None, file_size: int | None, environment: Mapping[str, str]
+    app: str,
+    argv: list[str],
+    log: str,
+    kill_at_batch: int | None,
+    file_size: int | None,
+    environment: Mapping[str, str],
 ) -> None:
     from apps.callbacks import StepSeeds
     from apps.cli import run
-    from apps.vision import APP
 
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
@@ -81,5 +94,5 @@ def _run(
             seed(self, trainer, *args)
 
         StepSeeds.on_train_batch_start = fatal
-    sys.argv = ["python -m apps.vision", *argv]
-    run(APP)
+    sys.argv = [f"python -m apps.{app}", *argv]
+    run(importlib.import_module(f"apps.{app}").APP)

@@ -56,7 +56,7 @@ def test_help_of_a_verb_lists_its_settings_with_their_words(ts, verb):
         (["train", "--data.test_horizons=[96,0]"], r"data.test_horizons=\(96, 0\): must be positive numbers"),
         (["train", "--data.season=0"], r"data.season=0: must be at least 1, or null"),
         (["train", "--data.min_context=200"], r"data.min_context=200: must lie between 1 and context=96, or be null"),
-        (["train", "--data.source=corpus"], r"data.corpora=.*: name what to pretrain on"),
+        (["train", "--data.corpora={train: 0}"], r"data.corpora=.*: shares must be positive"),
         (["train", "--data.split=random"], r"data.split=random: expected one of 'auto', .*"),
         (["train", "--model.segmoe.d_model=30"], r"model.segmoe.d_model=30: must be a multiple of 4 heads"),
         (["train", "--model.segmoe.d_model=12"], r"model.segmoe.num_heads=4: must leave an even width per head"),
