@@ -77,7 +77,7 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(f"{error.filename2 or error.filename}: {error.strerror}; give another path")
     except OSError as error:
         if error.errno not in FULL:

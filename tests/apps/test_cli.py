@@ -183,6 +183,7 @@ def test_print_config_is_a_file_that_reads_back(recorder, cli, tmp_path):
         (UserError("two\nlines"), 2, "error: two lines\n"),
         (OSError(28, "No space left on device", "a.ckpt"), 2, "error: disk: No space left .* while writing a.ckpt.*\n"),
         (OSError(27, "File too large"), 2, "error: disk: File too large while writing results.*\n"),
+        (FileExistsError(17, "File exists", "out"), 2, "error: out: File exists; give another path\n"),
         (IsADirectoryError(21, "Is a directory", "out"), 2, "error: out: Is a directory; give another path\n"),
         (PermissionError(13, "Permission denied", "out"), 2, "error: out: Permission denied; give another path\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted; `--ckpt_path last` continues a training run\n"),
