@@ -108,3 +108,8 @@ class TimeseriesConfig:
     """Training loop."""
     run: RunConfig = field(default_factory=RunConfig)
     """Run folder and repeatability."""
+
+    def __post_init__(self) -> None:
+        precision = self.trainer.precision
+        mixed = precision in ("auto", "32", "32-true") or precision.endswith("mixed")
+        require(mixed, "trainer.precision", precision, "series are float32; use 32-true, bf16-mixed or 16-mixed")

@@ -21,7 +21,7 @@ from apps.timeseries.models.base import (
     masked_mean,
     observed,
 )
-from apps.timeseries.models.segmoe_blocks import Block
+from apps.timeseries.models.segmoe_blocks import Block, Norm
 from moecore.errors import require
 
 HUBER_DELTA = 2.0
@@ -56,7 +56,7 @@ class SegMoE(ForecastModel):
         self.missing = nn.Conv1d(1, width, size, stride=size, bias=False)
         nn.init.zeros_(self.missing.weight)
         self.blocks = nn.ModuleList(Block(config, layer, dense) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = Norm(width)
         self.dropout = nn.Dropout(config.dropout)
         if config.head == "direct":
             self.head = nn.Linear(patches * width, self.block)

@@ -14,6 +14,17 @@ from moecore.selection import TopK
 from moecore.weighting import Softmax
 
 
+class Norm(nn.RMSNorm):
+    """RMS norm in the precision of its weights, also under autocast."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
+        """[B, P, D] -> [B, P, D]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Block(nn.Module):
     """Attention, then experts, each normalised before and dropped as a path at random.
 
@@ -26,7 +37,7 @@ class Block(nn.Module):
     def __init__(self, config: SegMoEConfig, layer: int, dense: bool) -> None:
         super().__init__()
         width = config.d_model
-        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm1, self.norm2 = Norm(width), Norm(width)
         self.attention = Attention(width, config.num_heads, config.num_kv_heads, dropout=config.dropout)
         segment = config.segments[min(layer, len(config.segments) - 1)]
         self.ffn = dense_twin(config, segment) if dense else segment_moe(config, segment)

@@ -75,6 +75,7 @@ def test_help_of_a_verb_lists_its_settings_with_their_words(ts, verb):
         (["train", "--model.moirai_moe.d_model=8"], r"model.moirai_moe.num_heads=4: must leave an even width of .*"),
         (["train", "--model.ldl_moe.num_samples=1"], r"model.ldl_moe.num_samples=1: must be at least 2"),
         (["train", "--model.dlinear.kernel=4"], r"model.dlinear.kernel=4: must be odd and positive"),
+        (["train", "--trainer.precision=bf16-true"], r"trainer.precision='?bf16-true'?: .* use 32-true, bf16-mixed .*"),
         (["evaluate"], r"ckpt_path: is required for model.name=segmoe; train first, then give `last`"),
         (["evaluate", "--ckpt_path", "nowhere"], r"ckpt_path=nowhere: no such checkpoint or run folder"),
         (["predict"], r"--input: is required.*"),

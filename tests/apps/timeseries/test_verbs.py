@@ -83,6 +83,30 @@ def test_a_trained_model_predicts(ts, trained_runs, waves, tmp_path, name):
     assert (np.diff(found.iloc[:, 3:].to_numpy(), axis=1) >= 0).all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_trains_too(ts, small, tmp_path, name):
+    """As on GPUs by default; what is tested afterwards runs in full precision."""
+    done = ts("train", *small(tmp_path, run__name="half", model__name=name, trainer__precision="bf16-mixed"))
+    assert (done.code, done.err) == (0, "")
+    assert math.isfinite(figures(tmp_path / "timeseries" / "half" / "test.json")["h6/mse"])
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dlinear"])
+def test_dense_twins_train_too(ts, small, load, tmp_path, name):
+    done = ts("train", *small(tmp_path, run__name="twin", model__name=name, model__dense="true"))
+    assert (done.code, done.err) == (0, "")
+    if name == "moirai_moe":  # whose dense run is where a sparse one may start
+        folder, limit = tmp_path / "timeseries" / "twin", {"trainer__limit_train_batches": 1}
+        options = {"model__name": name, "model__moirai_moe__centroids_from": folder, "optim__lr": 1e-9} | limit
+        done = ts("train", *small(tmp_path, run__name="sparse", **options))
+        assert (done.code, done.err) == (0, "")
+        dense, sparse = (load(tmp_path / "timeseries" / run, "best.ckpt")["state_dict"] for run in ("twin", "sparse"))
+        shared = [key for key in dense.keys() & sparse.keys() if "attention" in key]
+        assert shared
+        for key in shared:
+            np.testing.assert_allclose(dense[key], sparse[key], atol=1e-6)
+
+
 def test_the_same_seed_gives_the_same_run(ts, small, segmoe_run, load, tmp_path):
     for seed, same in ((0, True), (1, False)):
         assert ts("train", *small(tmp_path, run__name=f"seed{seed}", run__seed=seed)).code == 0
