@@ -88,7 +88,8 @@ def test_covariates_move_with_the_contexts():
 
 
 def test_covariates_of_real_models_move_too():
-    model = MoiraiMoE(MoiraiMoEConfig(4, 8, 8, 1, 2, num_experts=2, num_samples=400, dropout=0.0)).eval()
+    sizes = {"patch_size": 4, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2, "num_experts": 2}
+    model = MoiraiMoE(MoiraiMoEConfig(**sizes, num_samples=20)).eval()
     windows = dataclasses.replace(gapped([4]), futr=torch.randn(1, L + H, 1), hist=torch.randn(1, L, 1))
     torch.manual_seed(0)
     found = forecast_windows(model, windows, H, (0.5,))

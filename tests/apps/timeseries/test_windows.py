@@ -124,7 +124,7 @@ def test_no_training_window_shows_a_point_after_the_border(lengths, context, hor
         own = index[index[:, 0] == which, 1]
         if border.train >= context + horizon and least is None:  # whole windows only
             assert (own == np.arange(context, border.train - horizon + 1, stride)).all()
-        elif border.train >= 2:
+        elif border.train > (least or 1):
             assert len(own)  # short ones are learned from too
 
 
@@ -171,7 +171,7 @@ def test_tails_shrink_with_the_series(n, borders):
 def test_a_series_of_five_points_is_learned_from():
     store = store_of(np.arange(5), horizon=4)
     index = training_index(store, context=8, horizon=4)
-    assert index.tolist() == [[0, 2], [0, 3], [0, 4]] or index[:, 1].min() >= 1
+    assert index.tolist() == [[0, 2], [0, 3], [0, 4]]
     batch = WindowSet(store, index, 8, 4).batch(np.arange(len(index)))
     assert bool(torch.isfinite(batch.past[:, -1]).all())
     assert bool(torch.isfinite(batch.future[:, 0]).all())
