@@ -33,7 +33,8 @@ def rotary_table(
     positions: Int[Tensor, "*B N"], width: int, theta: float = 10000.0
 ) -> tuple[Float[Tensor, "*B N D"], Float[Tensor, "*B N D"]]:
     """Cosines and sines of the angles of each position, float32."""
-    frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    # Rounded as in published code: a last bit of the frequency is 1e-5 of a cosine 4096 positions away.
+    frequency = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
     angle = positions[..., None].float() * frequency  # [*B, N, D / 2]
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()

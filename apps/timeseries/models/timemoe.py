@@ -22,11 +22,13 @@ from apps.errors import UserError
 from apps.timeseries.model_settings import TimeMoEConfig
 from apps.timeseries.models.base import Forecast, ForecastModel, Scale, Windows, filled, instance_scale, observed
 from apps.timeseries.models.rotary import rotary_table
-from apps.timeseries.models.timemoe_checkpoint import read_folder, write_folder
+from apps.timeseries.models.timemoe_checkpoint import read_config, read_folder, write_folder
 from apps.timeseries.models.timemoe_decoding import Decoder
+from apps.timeseries.models.timemoe_export import step_module
 from apps.timeseries.models.timemoe_layers import EPS, Block, LayerCache, PointEmbedding, causal_mask, initialise
+from apps.timeseries.models.timemoe_loss import aux_loss, horizon_losses, normalize_packed
+from moecore.errors import require
 
-HUBER_DELTA = 2.0
 PRESETS: dict[str, dict[str, int]] = {
     "50m": {"hidden_size": 384, "intermediate_size": 1536, "num_layers": 12, "num_heads": 12},
     "200m": {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12},
@@ -72,12 +74,18 @@ class TimeMoE(ForecastModel):
         """Fresh or published weights by the settings.
 
         Args:
-            config: with `pretrained`, sizes are those of that folder.
+            config: with `pretrained`, sizes are those of that folder; how to normalise and regularise is free.
             dense: the twin with plain FFNs of equal active multiply-adds, always with fresh weights.
         """
         if config.pretrained is not None and not dense:
-            return cls.from_pretrained(config.pretrained, normalize=config.normalize)
-        if config.preset != "none":
+            model = cls.from_pretrained(config.pretrained)
+            model.config = _with_free(model.config, config)
+            for block in model.blocks:
+                block.attention.dropout = config.attention_dropout
+            return model
+        if config.pretrained is not None:
+            config = _with_free(read_config(Path(config.pretrained)), config)
+        elif config.preset != "none":
             config = dataclasses.replace(config, preset="none", num_kv_heads=None, **PRESETS[config.preset])
         if dense and config.num_experts:  # what a token uses: the shared expert and top_k of size 1 / top_k
             hidden = config.intermediate_size + config.intermediate_size // config.top_k * config.top_k
@@ -99,7 +107,8 @@ class TimeMoE(ForecastModel):
             UserError: if something of it is missing, damaged or of another architecture.
         """
         config, state = read_folder(Path(folder))
-        model = cls(dataclasses.replace(config, normalize=normalize))
+        with torch.device("meta"):  # weights come from the folder
+            model = cls(dataclasses.replace(config, normalize=normalize))
         model.load_state_dict({k: v.to(dtype) for k, v in state.items()} if dtype else state, assign=True)
         return model.eval()
 
@@ -133,7 +142,7 @@ class TimeMoE(ForecastModel):
         total = past + x.shape[1]
         if total > self.config.max_positions:
             raise UserError(f"context={total} points: this model takes {self.config.max_positions}; give a shorter one")
-        if not caches:
+        if not past:
             seen = _unless_all(observed(x))
             first = None if seen is None else seen.long().argmax(1, keepdim=True)
         rotation = self._rotation(x, past, first, segments)
@@ -171,16 +180,24 @@ class TimeMoE(ForecastModel):
         return max((head for head in self.heads if head.out_features <= horizon), key=lambda head: head.out_features)
 
     def loss(self, windows: Windows) -> Float[Tensor, ""]:
-        """Huber loss (delta 2) of every head at every observed position, and the balance loss over all layers."""
-        scale = instance_scale(windows.past) if self.config.normalize == "instance" else None
-        sequence = windows.sequence if scale is None else scale.normalize(windows.sequence)
-        segments = None if windows.segments is None else windows.segments[:, :-1]
+        """Huber loss (delta 2) of every head at every observed position, and the balance loss over all layers.
+
+        Normalised by what the context shows; packed series each by all of their points.
+        """
+        sequence, segments = windows.sequence, windows.segments
+        if self.config.normalize == "instance":
+            packed = segments is not None
+            scaled = normalize_packed(sequence, segments) if packed else self._scale(windows.past).normalize(sequence)
+            sequence = scaled
+        if sequence.shape[1] < 2:
+            return self.norm.weight.sum() * 0  # nothing to predict
         with moecore.record(self) as recording:
-            hidden = self.decode(sequence[:, :-1], segments).hidden
-        weight = observed(sequence[:, 1:])
-        losses = [_horizon_loss(head(hidden), sequence, weight, windows.segments) for head in self.heads]
+            hidden = self.decode(sequence[:, :-1], None if segments is None else segments[:, :-1]).hidden
+        losses = horizon_losses(self.heads, hidden, sequence, segments)
         loss = sum(losses) / len(losses)
-        return loss + self.config.aux_loss * aux_loss(recording) if recording else loss
+        if not recording:
+            return loss
+        return loss + self.config.aux_loss * aux_loss(recording, observed(sequence[:, :-1]))
 
     @overload
     def forecast(
@@ -204,57 +221,43 @@ class TimeMoE(ForecastModel):
             A `Forecast`, or the points `[B, H]` for bare contexts.
 
         Raises:
-            UserError: if context and horizon together are longer than the model's positions.
+            UserError: if context and horizon together are longer than the model's positions, or a context ends with
+                a missing value.
         """
         past = windows if isinstance(windows, Tensor) else windows.past
-        if self.config.normalize == "instance":
-            scale = instance_scale(past)
-        else:
-            scale = Scale(past.new_zeros(len(past), 1), past.new_ones(len(past), 1))
+        _check_ends(past, horizon)
+        scale = self._scale(past)
         mean = scale.restore(Decoder(self, use_cache)(scale.normalize(past), horizon))
         return mean if isinstance(windows, Tensor) else Forecast(mean)
 
     def trace(self, windows: Windows) -> Int[Tensor, " P"]:
         """One pass; positions are points."""
-        scale = instance_scale(windows.past) if self.config.normalize == "instance" else None
-        self.decode(windows.past if scale is None else scale.normalize(windows.past))
+        self.decode(self._scale(windows.past).normalize(windows.past))
         return torch.arange(windows.past.shape[1])
+
+    def _scale(self, past: Float[Tensor, "B L"]) -> Scale:
+        if self.config.normalize == "instance":
+            return instance_scale(past)
+        return Scale(past.new_zeros(len(past), 1), past.new_ones(len(past), 1))
+
+    def step_module(self, cached: bool = False) -> nn.Module:
+        """For exporters: the pass over a context, or with `cached` the step over keys and values given as tensors."""
+        return step_module(self, cached)
+
+
+def _with_free(sizes: TimeMoEConfig, config: TimeMoEConfig) -> TimeMoEConfig:
+    """A published model's sizes, with what may be chosen beside them."""
+    free = {name: getattr(config, name) for name in ("normalize", "aux_loss", "attention_dropout")}
+    return dataclasses.replace(sizes, **free)
+
+
+def _check_ends(past: Float[Tensor, "B L"], horizon: int) -> None:
+    require(horizon >= 1, "horizon", horizon, "must be at least 1")
+    gap = observed(past).any(1) & ~observed(past)[:, -1:].all(1)
+    if bool(gap.any()):
+        row = int(gap.long().argmax())
+        raise UserError(f"context: row {row} ends with a missing value; move it to the right, with NaN on the left")
 
 
 def _unless_all(seen: Tensor) -> Tensor | None:
     return seen if torch.compiler.is_exporting() or not bool(seen.all()) else None
-
-
-def _horizon_loss(
-    predicted: Float[Tensor, "B N p"], sequence: Float[Tensor, "B M"], weight: Tensor, segments: Tensor | None
-) -> Float[Tensor, ""]:
-    """Mean Huber loss of one head over targets that were observed, from positions that were, within one series."""
-    target = targets(filled(sequence[:, 1:]), predicted.shape[2])
-    mask = targets(weight, predicted.shape[2]) & observed(sequence[:, :-1])[..., None]
-    if segments is not None:
-        mask = mask & (targets(segments[:, 1:], predicted.shape[2], -1) == segments[:, :-1, None])
-    return huber(predicted, target, mask)
-
-
-def targets(labels: Tensor, points: int, fill: float = 0) -> Tensor:
-    """The next `points` labels at every position, `[B, N] -> [B, N, p]`; what lies past the end is `fill`."""
-    return F.pad(labels, (0, points - 1), value=fill).unfold(1, points, 1)
-
-
-def huber(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Float[Tensor, ""]:
-    """Mean Huber loss; without a mask over everything, zeros past the end included, as the published code has it."""
-    losses = F.huber_loss(predicted, target, reduction="none", delta=HUBER_DELTA)
-    if mask is None:
-        return losses.mean()
-    return torch.where(mask, losses, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def aux_loss(recording: Sequence[moecore.Routing]) -> Float[Tensor, ""]:
-    """Balance loss over the tokens of all layers taken together: top_k when routing is even.
-
-    E * sum_e (pairs of e per token) * (mean probability of e); the paper's equation divides by top_k, the code that
-    the published weights were trained with does not.
-    """
-    probs = torch.cat([routing.probs for routing in recording])  # [layers T, E]
-    load = sum(routing.assignment.load() for routing in recording).to(probs.dtype)
-    return probs.shape[1] * (load / len(probs) * probs.mean(0)).sum()

@@ -33,14 +33,15 @@ class Decoder:
         Raises:
             UserError: if the points to decode are more than the model's positions, or there is no context.
         """
-        steps = self.steps(horizon)
+        steps, context = self.steps(horizon), _without_padding(context)
         length = context.shape[1]
         needed = length + horizon - steps[-1].out_features
         limit = self.model.config.max_positions
+        room = limit - needed + length
         if needed > limit:
             raise UserError(
                 f"context={length} points and horizon={horizon}: {needed} to decode, but this model takes {limit}; "
-                f"give at most {limit - needed + length} points of context"
+                + (f"give at most {room} points of context" if room > 0 else "ask for fewer points")
             )
         if length == 0:
             raise UserError("context=0 points: give at least one")
@@ -83,3 +84,9 @@ class Decoder:
             hidden = self.model.decode(torch.cat([context, *parts], 1)).hidden[:, -1]
             parts.append(head(hidden).to(context.dtype))
         return torch.cat(parts, 1)
+
+
+def _without_padding(context: Float[Tensor, "B L"]) -> Float[Tensor, "b l"]:
+    """Without what all rows miss on the left; at least the last point stays."""
+    seen = observed(context).any(0)
+    return context[:, int(seen.long().argmax()) if bool(seen.any()) else -1 :]
