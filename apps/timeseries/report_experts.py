@@ -193,11 +193,13 @@ def _maps(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str], se
 
 def _traits(section: Section, use: Mapping[str, ExpertUse], names: Mapping[str, str]) -> None:
     maps = {name: use[layer].traits.table() for layer, name in names.items()}
-    if not any(values.any() for values in maps.values()):
+    told = [row for row in range(len(Traits.NAMES)) if any(values[row].any() for values in maps.values())]
+    if not told:
         return
+    maps = {name: values[told] for name, values in maps.items()}
     largest = max(LEAST_SHADE, *(float(np.abs(values).max()) for values in maps.values()))
     section.figure(
-        figures.heatmaps(maps, Traits.NAMES, "", "expert", vmax=largest, signed=True),
+        figures.heatmaps(maps, [Traits.NAMES[row] for row in told], "", "expert", vmax=largest, signed=True),
         "How the units of an expert differ from all units of the layer, in deviations: their level in the normalised "
         "context, how much they rise (their second half less the first; single points: the step to them), and their "
         "roughness (mean absolute step).",
@@ -252,7 +254,8 @@ def _load(page: Page, use: Mapping[str, ExpertUse], names: Mapping[str, str], cu
     if len(sizes) == 1:
         table = {"share of units": np.stack([one.load for one in use.values()])}
         section.figure(
-            figures.heatmaps(table, list(names.values()), "layer", "expert"), "Experts by depth, on test windows."
+            figures.heatmaps(table, list(names.values()), "layer", "expert"),
+            "Experts by depth, in the contexts that were looked at.",
         )
     layers = {}
     for layer, one in use.items():
