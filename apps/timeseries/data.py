@@ -63,7 +63,9 @@ class SeriesData(LightningDataModule):
         config = self.config
         if config.corpora:
             return self._corpora()
-        index = training_index(self.store, config.context, self.train_horizon, config.min_context, config.stride)
+        index = training_index(
+            self.store, config.context, self.train_horizon, config.min_context, config.stride, config.min_future
+        )
         if not len(index):
             raise UserError(f"data.source={config.source}: no series is long enough to train on")
         limits = np.array([border.train for border in self.store.borders])

@@ -55,6 +55,9 @@ class DataConfig:
     min_context: int | None = None
     """Least observed points a training window starts from; null: all of the context, or half a horizon in series too
     short for that."""
+    min_future: int | None = None
+    """Least points of the horizon that a training window shows: with fewer than all of them the last windows before the
+    border, the most recent ones, are learned from too. null: all, where the series allows."""
     stride: int = 1
     """Points between training windows."""
     val_stride: int = 1
@@ -79,6 +82,8 @@ class DataConfig:
         tests = self.test_horizons
         require(all(h >= 1 for h in tests), "test_horizons", tests, "must be positive numbers")
         require(self.season is None or self.season >= 1, "season", self.season, "must be at least 1, or null")
+        least = self.min_future
+        require(least is None or least >= 1, "min_future", least, "must be at least 1, or null")
         least = self.min_context
         good = least is None or 1 <= least <= self.context
         require(good, "min_context", least, f"must lie between 1 and context={self.context}, or be null")

@@ -189,7 +189,12 @@ def _from_numpy(values: np.ndarray) -> Tensor:
 
 
 def training_index(
-    store: SeriesStore, context: int, horizon: int, least: int | None = None, stride: int = 1
+    store: SeriesStore,
+    context: int,
+    horizon: int,
+    least: int | None = None,
+    stride: int = 1,
+    least_future: int | None = None,
 ) -> Int[np.ndarray, "W 2"]:
     """Windows within the training parts.
 
@@ -202,13 +207,16 @@ def training_index(
         horizon: H.
         least: points before the first window's origin; None: L, or what a short series allows.
         stride: points between windows.
+        least_future: points of the future that lie in the part, the rest being missing; None: all H, or what a short
+            series allows.
     """
     index = []
+    future = min(horizon, least_future or horizon)
     for number, border in enumerate(store.borders):
         n = border.train
         whole = n >= context + horizon
         first = min(least, n) if least else context if whole else max(1, min(horizon, n) // 2)
-        last = n - horizon if n - horizon >= first else n - 1  # of a very short series: at least one future point
+        last = n - future if n - future >= first else n - 1  # of a very short series: at least one future point
         origins = np.arange(first, last + 1, stride)
         index.append(np.stack([np.full(len(origins), number), origins], 1))
     return _with_something(store, np.concatenate(index), context, horizon)
