@@ -134,7 +134,7 @@ class Scale:
         """To mean 0 and deviation 1; NaN stays NaN."""
         return (x - self.mean) / self.std
 
-    def restore(self, x: Float[Tensor, "B *N"]) -> Float[Tensor, "B *N"]:
+    def restore(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """Back to the units of the windows; for `[B, N]` and `[B, Q, N]`."""
         lead = (-1, *[1] * (x.dim() - 1))
         return x * self.std.view(lead) + self.mean.view(lead)
