@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,7 @@ def _run(app: App, argv: list[str]) -> None:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
         raise UserError(f"verb={verb!r}: {hint}")
     parser, rest = make_parser(app, verb), _files_first(rest)
+    rest = _brackets(parser, rest)
     values = _parse(parser, rest)
     checkpoint = _checkpoint(app, verb, values)
     if checkpoint is not None:  # the settings kept in it, on which files and flags go
@@ -126,6 +128,28 @@ def _files_first(argv: Sequence[str]) -> list[str]:
         else:
             (files if argument.startswith("--config=") else flags).append(argument)
     return files + flags
+
+
+def _brackets(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The arguments with `0.1,0.5` as `[0.1,0.5]` and `promo` as `[promo]`, for settings that are lists."""
+    kinds = {flag: getattr(action, "_typehint", None) for action in parser._actions for flag in action.option_strings}
+    lists = {flag for flag, kind in kinds.items() if typing.get_origin(kind) in (list, tuple)}
+    done: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if equals and flag in lists:
+            done.append(f"{flag}={_bracketed(value)}")
+        elif done and done[-1] in lists:
+            done.append(_bracketed(argument))
+        else:
+            done.append(argument)
+    return done
+
+
+def _bracketed(value: str) -> str:
+    written = value.strip()
+    as_is = written == "" or written in ("null", "None") or written.startswith(("[", "(", "--"))
+    return value if as_is else f"[{written}]"
 
 
 def _parse(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
