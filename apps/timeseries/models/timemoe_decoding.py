@@ -45,6 +45,8 @@ class Decoder:
             )
         if length == 0:
             raise UserError("context=0 points: give at least one")
+        if len(context) == 0:
+            return context.new_empty(0, horizon)
         return self._cached(context, steps) if self.use_cache else self._anew(context, steps)
 
     def steps(self, horizon: int) -> list[nn.Linear]:
