@@ -17,18 +17,17 @@ _BANK = "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? down_bia
 
 @torch.library.custom_op("moecore::sorted_ffn", mutates_args=(), schema=f"({_PLAN}, bool save, {_BANK}) -> Tensor[]")
 def sorted_ffn(x, combine, token, row, offsets, counts, shared, activation, save, *bank):
-    """Output, and what backward needs (up, activated, gate; empty without `save`)."""
+    """Output, and the two tensors that backward needs (`kernels.Saved`; empty without `save`)."""
     rows = kernels.Rows(token, row, offsets, counts.tolist(), shared)
     y, *hidden = kernels.forward(x, combine, rows, FFN(*bank, activation), save)
-    return [y, *(x.new_empty(0) if h is None or not save else h for h in hidden)]
+    return [y, *(h if save else x.new_empty(0) for h in hidden)]
 
 
 @sorted_ffn.register_fake
 def _(x, combine, token, row, offsets, counts, shared, activation, save, up, down, gate, *biases):
     unit = x.shape[1] // up.shape[2]
     hidden = token.shape[0] * unit, up.shape[1]
-    kept = [save, save, save and gate is not None]
-    return [x.new_empty(x.shape[0], unit * down.shape[1]), *(x.new_empty(hidden if keep else 0) for keep in kept)]
+    return [x.new_empty(x.shape[0], unit * down.shape[1]), *(x.new_empty(hidden if save else 0) for _ in range(2))]
 
 
 @torch.library.custom_op(
@@ -40,8 +39,7 @@ def sorted_ffn_backward(grad, x, combine, token, row, offsets, counts, shared, a
     """Gradients of x, combine weights and the six bank tensors; empty where there is no such tensor."""
     rows = kernels.Rows(token, row, offsets, counts.tolist(), shared)
     ffn = FFN(*bank, activation)
-    saved = kernels.Saved(*hidden[:2], None if ffn.gate is None else hidden[2])
-    dx, dw, grads = kernels.backward(grad, x, combine, rows, ffn, saved)
+    dx, dw, grads = kernels.backward(grad, x, combine, rows, ffn, kernels.Saved(*hidden))
     return [dx, dw, *(x.new_empty(0) if g is None else g for g in kernels.tensors(grads))]
 
 
@@ -56,7 +54,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grads):
-    plan, hidden, bank = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.saved_tensors[9:]
+    plan, hidden, bank = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], ctx.saved_tensors[8:]
     out = sorted_ffn_backward(grads[0].contiguous(), *plan, ctx.shared, ctx.activation, list(hidden), *bank)
     dx, dw, *of_bank = out
     return dx, dw, *[None] * 7, *(None if t is None else g for g, t in zip(of_bank, bank, strict=True))

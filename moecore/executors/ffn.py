@@ -3,8 +3,8 @@
 Rows are sorted by expert, so consecutive experts own consecutive rows. Experts are worked on in groups whose hidden
 units fit a cache: matrix products run per expert, everything else once per group. Gradients go straight into the
 stacked tensors, which avoids E full-size temporaries. Saved for backward are only hidden units; the input rows are
-gathered again, and the gradient of a combine weight comes from the hidden layer (`<dh, h>`), so that no expert output
-is kept.
+gathered again, a gated activation is computed again, and the gradient of a combine weight comes from the hidden layer
+(`<dh, h>`), so that no expert output is kept.
 
 Shapes: T tokens of U rows of width D (U > 1 where whole segments or samples are routed), P dispatched tokens,
 F hidden units, O output width, n rows of one group or expert.
@@ -86,8 +86,8 @@ class Saved:
     """Hidden units that forward kept for backward, rows sorted by expert [P*U, F]."""
 
     up: Tensor
-    activated: Tensor
-    gate: Tensor | None
+    other: Tensor
+    """With a gate, its pre-activation; without, the activated units."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,8 @@ def _linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, group: Gr
     return out
 
 
-def forward(
-    x: Tensor, weights: Tensor, rows: Rows, ffn: FFN, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tokens [T, U*D] -> tokens [T, U*O] and, if `save`, of all rows [P*U, F]: up, activated, gate."""
+def forward(x: Tensor, weights: Tensor, rows: Rows, ffn: FFN, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, U*D] -> tokens [T, U*O] and, if `save`, what `Saved` has of all rows [P*U, F]."""
     activate, _ = KERNELS[ffn.activation]
     (_, hidden, width), out_width = ffn.up.shape, ffn.down.shape[1]
     unit = x.shape[1] // width
@@ -157,22 +155,21 @@ def forward(
     most = max((sum(g.sizes) for g in groups), default=0)
     total = sum(rows.counts) * unit
     gathered, product, y, *spare = carve(
-        x, (most // unit, x.shape[1]), (most, hidden), (total, out_width), *[(0 if save else most, hidden)] * 3
+        x, (most // unit, x.shape[1]), (most, hidden), (total, out_width), *[(0 if save else most, hidden)] * 2
     )
-    kept = [x.new_empty(total, hidden) for _ in range(3 if ffn.gate is not None else 2)] if save else spare
+    kept = [x.new_empty(total, hidden) for _ in spare] if save else spare
     for group in groups:
         n = sum(group.sizes)
-        up, a, *gate = (buffer[group.rows] if save else buffer[:n] for buffer in kept)
+        up, other = (buffer[group.rows] if save else buffer[:n] for buffer in kept)
         xs = _gather(x, rows, group, width, gathered)
         _linear(xs, ffn.up, ffn.up_bias, group, up)
         if ffn.gate is None:
-            h = activate(up, a)
+            h = activate(up, other)
         else:
-            activate(_linear(xs, ffn.gate, ffn.gate_bias, group, gate[0]), a)
-            h = torch.mul(a, up, out=product[:n])
+            h = activate(_linear(xs, ffn.gate, ffn.gate_bias, group, other), product[:n]).mul_(up)
         _linear(h.split(group.sizes), ffn.down, ffn.down_bias, group, y[group.rows])
     y = sum_rows(y.view(-1, unit * out_width), rows.row, rows.offsets, weights)
-    return y, kept[0], kept[1], kept[2] if ffn.gate is not None else None
+    return y, *kept
 
 
 def backward(
@@ -184,8 +181,9 @@ def backward(
     groups = list(_groups(rows.counts, unit, hidden))
     most = max((sum(g.sizes) for g in groups), default=0)
     total = sum(rows.counts) * unit
+    work = [(most, hidden)] * (2 if ffn.gate is None else 3)
     x_rows, dy_rows, dx_rows, *scratch = carve(
-        x, (most // unit, x.shape[1]), (most // unit, grad.shape[1]), (total, width), *[(most, hidden)] * 2
+        x, (most // unit, x.shape[1]), (most // unit, grad.shape[1]), (total, width), *work
     )
     # Zeros are for experts without rows: every other gradient is written whole.
     fresh = torch.zeros_like if 0 in rows.counts else torch.empty_like
@@ -195,8 +193,7 @@ def backward(
     dots = x.new_empty(total)
     for group in groups:
         dys = _gather(grad, rows, group, out_width, dy_rows)
-        gate = None if saved.gate is None else saved.gate[group.rows]
-        kept = Saved(saved.up[group.rows], saved.activated[group.rows], gate)
+        kept = Saved(saved.up[group.rows], saved.other[group.rows])
         w = by_row[group.rows]
         du, dg = _hidden_grads(dys, w, ffn, grads, group, kept, scratch, dots[group.rows])
         xs = _gather(x, rows, group, width, x_rows)
@@ -225,11 +222,12 @@ def _hidden_grads(
     dots: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Through the down projection: <dy, y> per row into `dots`, and the gradients of the pre-activations (up, gate)."""
-    _, activation_grad = KERNELS[ffn.activation]
-    h, dh = (buffer[: w.numel()] for buffer in scratch)
+    activate, activation_grad = KERNELS[ffn.activation]
+    h, dh, *spare = (buffer[: w.numel()] for buffer in scratch)
     for dy, down, out in zip(dys, _pick(ffn.down, group), dh.split(group.sizes), strict=True):
         torch.mm(dy, down, out=out)  # before the combine weight
-    product = saved.activated if saved.gate is None else torch.mul(saved.activated, saved.up, out=h)
+    activated = activate(saved.other, spare[0]) if spare else saved.other
+    product = torch.mul(activated, saved.up, out=h) if spare else activated
     dots.copy_(_row_dots(dh, product))
     # The combine weight enters h for the gradient of the down projection, and dh for everything below it.
     torch.mul(product, w[:, None], out=h)
@@ -240,10 +238,10 @@ def _hidden_grads(
             dots_e.add_(dy @ ffn.down_bias[expert])
             torch.mv(dy.t(), w_e, out=grads.down_bias[expert])
     dh.mul_(w[:, None])
-    if saved.gate is None:
+    if not spare:
         return activation_grad(dh, saved.up), None
-    du = torch.mul(dh, saved.activated, out=h)
-    return du, activation_grad(dh.mul_(saved.up), saved.gate)
+    du = torch.mul(dh, activated, out=h)
+    return du, activation_grad(dh.mul_(saved.up), saved.other)
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class _SortedFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, combine, token, row, offsets, up, activated, gate, *tensors = ctx.saved_tensors
+        x, combine, token, row, offsets, up, other, *tensors = ctx.saved_tensors
         rows = kernels.Rows(token, row, offsets, ctx.counts, ctx.shared)
-        saved = kernels.Saved(up, activated, gate)
+        saved = kernels.Saved(up, other)
         dx, dw, grads = kernels.backward(grad.contiguous(), x, combine, rows, FFN(*tensors, ctx.activation), saved)
         return dx, dw, *[None] * 7, *kernels.tensors(grads)
