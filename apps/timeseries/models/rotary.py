@@ -42,5 +42,13 @@ def rotary_table(
 
 def rotate(x: Float[Tensor, "*B N D"], cos: Float[Tensor, "*B N D"], sin: Float[Tensor, "*B N D"]) -> Tensor:
     """Channel i and channel i + D / 2 turned together; computed in float32, given back in the dtype of `x`."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]  # the other half is the same
     low, high = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+    turned = torch.empty(x.shape, dtype=low.dtype, device=x.device)  # one pass and no temporary per product
+    first, second = turned.chunk(2, -1)
+    torch.mul(low, cos, out=first).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=second).addcmul_(low, sin)
+    return turned.to(x.dtype)

@@ -25,7 +25,19 @@ from apps.timeseries.models.rotary import rotary_table
 from apps.timeseries.models.timemoe_checkpoint import read_config, read_folder, write_folder
 from apps.timeseries.models.timemoe_decoding import Decoder
 from apps.timeseries.models.timemoe_export import step_module
-from apps.timeseries.models.timemoe_layers import EPS, Block, LayerCache, PointEmbedding, causal_mask, initialise
+from apps.timeseries.models.timemoe_layers import (
+    EPS,
+    Block,
+    Head,
+    LayerCache,
+    PointEmbedding,
+    RMSNorm,
+    as_added,
+    blockwise,
+    causal_mask,
+    full_precision,
+    initialise,
+)
 from apps.timeseries.models.timemoe_loss import aux_loss, horizon_losses, normalize_packed
 from moecore.errors import require
 
@@ -65,8 +77,8 @@ class TimeMoE(ForecastModel):
         width = config.hidden_size
         self.embed = PointEmbedding(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(width, eps=EPS)
-        self.heads = nn.ModuleList(nn.Linear(width, p, bias=False) for p in config.horizons)
+        self.norm = RMSNorm(width, eps=EPS)
+        self.heads = nn.ModuleList(Head(width, p, bias=False) for p in config.horizons)
         initialise(self)
 
     @classmethod
@@ -124,6 +136,7 @@ class TimeMoE(ForecastModel):
         seen: Tensor | None = None,
         first: Tensor | None = None,
         keep_states: bool = False,
+        last: bool = False,
     ) -> Outputs:
         """Run points through the decoder.
 
@@ -134,6 +147,7 @@ class TimeMoE(ForecastModel):
             seen: with caches, which of all points so far were observed, `[B, M]`; None: all.
             first: with caches, where each row's first observed point is, `[B, 1]`; None: at 0.
             keep_states: keep the input of every block.
+            last: hidden state of the last point only, `[B, 1, D]`.
 
         Raises:
             UserError: for more points than the model was made for.
@@ -150,12 +164,17 @@ class TimeMoE(ForecastModel):
         if seen is not None or segments is not None or (past and x.shape[1] > 1):
             allowed = torch.ones(x.shape[0], total, dtype=torch.bool, device=x.device) if seen is None else seen
             mask = causal_mask(allowed, x.shape[1], segments)
-        hidden = self.embed(filled(x).to(self.norm.weight.dtype))
+        elif blockwise(x):
+            mask = causal_mask(torch.ones(1, total, dtype=torch.bool), x.shape[1])
+        if mask is not None and blockwise(x):
+            mask = as_added(mask, self.norm.weight.dtype)
+        hidden = self.embed(filled(x).to(full_precision(self.norm.weight.dtype)))
         states = []
         for i, block in enumerate(self.blocks):
-            states.append(hidden)
-            hidden = block(hidden, rotation, mask, caches[i] if caches else None)
-        hidden = self.norm(hidden)
+            if keep_states:
+                states.append(hidden.clone())  # without gradients blocks work in place
+            hidden = block(hidden, rotation, mask, caches[i] if caches else None, last and i + 1 == len(self.blocks))
+        hidden = self.norm.full(hidden)
         return Outputs(hidden, (*states, hidden) if keep_states else ())
 
     def _rotation(self, x: Tensor, past: int, first: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:

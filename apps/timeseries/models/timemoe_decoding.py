@@ -15,6 +15,9 @@ from apps.timeseries.models.timemoe_layers import LayerCache
 if TYPE_CHECKING:
     from apps.timeseries.models.timemoe import TimeMoE
 
+TOKENS = 2048
+"""Points decoded at once on a CPU, as far as rows divide: their activations stay in its caches."""
+
 
 class Decoder:
     """Predicts by the largest head that fits what is left, and feeds the points back.
@@ -64,15 +67,26 @@ class Decoder:
         first = seen.long().argmax(1, keepdim=True) if ragged else None
         fed = length + sum(head.out_features for head in steps[:-1])
         caches = self._caches(context, fed) if len(steps) > 1 else None
-        new, parts = context, []
-        for head in steps:
-            if ragged and parts:
+        new = steps[0](self._prefill(context, caches))
+        parts = [new]
+        for head in steps[1:]:
+            if ragged:
                 seen = torch.cat([seen, seen.new_ones(batch, new.shape[1])], 1)
-            known = (seen, first) if ragged else (None, None)
-            hidden = model.decode(new, caches=caches, seen=known[0], first=known[1]).hidden[:, -1]
-            new = head(hidden)
+            known = {"seen": seen, "first": first} if ragged else {}
+            new = head(model.decode(new, caches=caches, last=True, **known).hidden[:, 0])
             parts.append(new)
         return torch.cat(parts, 1).to(context.dtype)
+
+    def _prefill(self, context: Float[Tensor, "B L"], caches: list[LayerCache] | None) -> Float[Tensor, "B D"]:
+        """Decode the context into the caches, a few rows at a time; hidden state of the last point."""
+        rows = max(1, TOKENS // context.shape[1]) if context.is_cpu else len(context)
+        parts = []
+        for i in range(0, len(context), rows):
+            own = None if caches is None else [cache.rows(i, i + rows) for cache in caches]
+            parts.append(self.model.decode(context[i : i + rows], caches=own, last=True).hidden[:, 0])
+        for cache in caches or ():
+            cache.length = context.shape[1]
+        return torch.cat(parts)
 
     def _caches(self, context: Float[Tensor, "B L"], size: int) -> list[LayerCache]:
         attention = self.model.blocks[0].attention
@@ -83,7 +97,7 @@ class Decoder:
     def _anew(self, context: Float[Tensor, "B L"], steps: list[nn.Linear]) -> Float[Tensor, "B H"]:
         parts: list[Tensor] = []
         for head in steps:
-            hidden = self.model.decode(torch.cat([context, *parts], 1)).hidden[:, -1]
+            hidden = self.model.decode(torch.cat([context, *parts], 1), last=True).hidden[:, 0]
             parts.append(head(hidden).to(context.dtype))
         return torch.cat(parts, 1)
 
