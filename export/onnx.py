@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,25 @@ class ExportError(Exception):
 
 def export_onnx(
     model: nn.Module,
-    example: Tensor,
+    example: Tensor | tuple[Tensor, ...],
     path: Path,
-    input_name: str = "input",
-    output_name: str = "output",
+    input_name: str | Sequence[str] = "input",
+    output_name: str | Sequence[str] = "output",
     metadata: Mapping[str, Any] | None = None,
+    dynamic_shapes: tuple[dict[int, Any], ...] | None = None,
 ) -> Path:
     """Write a model as one ONNX file.
 
     Args:
         model: put into eval mode; its MoE layers are traced in the dense form.
-        example: an input with at least two samples; its first dimension becomes dynamic.
+        example: an input with at least two samples, or one tensor for each of several inputs.
         path: of the file; written whole or not at all.
-        input_name: name of the input.
-        output_name: name of the output.
+        input_name: name of the input, or of each.
+        output_name: name of the output, or of each.
         metadata: plain data kept in the file (`custom_metadata_map` in onnxruntime), values other than strings as
             JSON.
+        dynamic_shapes: of each input the dimensions that may vary, as `torch.export` takes them; None: the first of
+            every input, the batch.
 
     Raises:
         ExportError: for a model that sees the whole batch at once even in eval mode, or has no ONNX form.
@@ -50,7 +53,9 @@ def export_onnx(
 
     _refuse_batch_routing(model)
     model.eval()
-    proto = _trace(model, example, input_name, output_name).model_proto
+    inputs = (example,) if isinstance(example, Tensor) else example
+    shapes = dynamic_shapes or tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
+    proto = _trace(model, inputs, _names(input_name), _names(output_name), shapes).model_proto
     proto.ir_version = IR_VERSION
     for key, value in (metadata or {}).items():
         entry = proto.metadata_props.add()
@@ -61,7 +66,13 @@ def export_onnx(
     return path
 
 
-def _trace(model: nn.Module, example: Tensor, input_name: str, output_name: str) -> torch.onnx.ONNXProgram:
+def _names(name: str | Sequence[str]) -> list[str]:
+    return [name] if isinstance(name, str) else list(name)
+
+
+def _trace(
+    model: nn.Module, inputs: tuple[Tensor, ...], input_names: list[str], output_names: list[str], shapes: tuple
+) -> torch.onnx.ONNXProgram:
     # A context, for routers that hand on state: the exporter passes by the hook that opens one in eager mode.
     context = contextlib.nullcontext() if moecore.current_context() else moecore.routing_context()
     with warnings.catch_warnings(), context:
@@ -69,12 +80,12 @@ def _trace(model: nn.Module, example: Tensor, input_name: str, output_name: str)
         try:
             return torch.onnx.export(
                 model,
-                (example,),
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[input_name],
-                output_names=[output_name],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=shapes,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:

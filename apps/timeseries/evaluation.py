@@ -187,17 +187,17 @@ def _baselines(title: str, data: SeriesData, horizon: int) -> dict[str, tuple[Fo
 def _training(data: SeriesData, horizon: int) -> Iterator[Windows]:
     index = training_index(data.store, data.config.context, horizon, data.config.min_context)
     limits = np.array([border.train for border in data.store.borders])
-    windows = WindowSet(data.store, _thinned(index, FIT_WINDOWS), data.config.context, horizon, limits)
+    windows = WindowSet(data.store, thinned(index, FIT_WINDOWS), data.config.context, horizon, limits)
     return (batch for _, batch in windows.batches(1024))
 
 
 def _held_out(data: SeriesData, horizon: int) -> Iterator[Windows]:
     windows = data.windows("val", horizon)
-    windows.index = _thinned(windows.index, CALIBRATION_WINDOWS)
+    windows.index = thinned(windows.index, CALIBRATION_WINDOWS)
     return (batch for _, batch in windows.batches(data.config.eval_batch_size))
 
 
-def _thinned(index: Int[np.ndarray, "W 2"], most: int) -> Int[np.ndarray, "V 2"]:
+def thinned(index: Int[np.ndarray, "W 2"], most: int) -> Int[np.ndarray, "V 2"]:
     """Every so many windows, so that at most `most` are left."""
     return index[:: max(1, -(-len(index) // most))]
 
