@@ -26,8 +26,8 @@ class ContextPass(nn.Module):
     def forward(self, context: Float[Tensor, "B L"]) -> Float[Tensor, "B p"]:
         """[B, L] -> [B, p]; NaN where a value is missing, and on the left of shorter contexts."""
         scale = instance_scale(context) if self.model.config.normalize == "instance" else None
-        hidden = self.model.decode(context if scale is None else scale.normalize(context)).hidden[:, -1]
-        points = self.model.heads[-1](hidden)
+        values = context if scale is None else scale.normalize(context)
+        points = self.model.heads[-1](self.model.decode(values, last=True).hidden[:, 0])
         return points if scale is None else scale.restore(points)
 
 
@@ -80,8 +80,8 @@ class CachedStep(nn.Module):
         caches = [TensorCache(key, value) for key, value in zip(keys, values, strict=True)]
         hidden = model.embed(points)
         for block, cache in zip(model.blocks, caches, strict=True):
-            hidden = block(hidden, rotation, mask, cache)
-        hidden = model.norm(hidden[:, -1])
+            hidden = block(hidden, rotation, mask, cache, block is model.blocks[-1])  # of the last, the last point
+        hidden = model.norm(hidden[:, 0])
         predictions = torch.cat([head(hidden) for head in model.heads], -1)
         return predictions, torch.stack([c.key for c in caches]), torch.stack([c.value for c in caches])
 
