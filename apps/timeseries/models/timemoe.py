@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import moecore
 from apps.errors import UserError
@@ -94,7 +96,7 @@ class TimeMoE(ForecastModel):
             model.config = _with_free(model.config, config)
             for block in model.blocks:
                 block.attention.dropout = config.attention_dropout
-            return model
+            return model.to(getattr(torch, config.precision))
         if config.pretrained is not None:
             config = _with_free(read_config(Path(config.pretrained)), config)
         elif config.preset != "none":
@@ -102,7 +104,7 @@ class TimeMoE(ForecastModel):
         if dense and config.num_experts:  # what a token uses: the shared expert and top_k of size 1 / top_k
             hidden = config.intermediate_size + config.intermediate_size // config.top_k * config.top_k
             config = dataclasses.replace(config, num_experts=0, intermediate_size=hidden)
-        return cls(config)
+        return cls(config).to(getattr(torch, config.precision))
 
     @classmethod
     def from_pretrained(
@@ -159,23 +161,27 @@ class TimeMoE(ForecastModel):
         if not past:
             seen = _unless_all(observed(x))
             first = None if seen is None else seen.long().argmax(1, keepdim=True)
-        rotation = self._rotation(x, past, first, segments)
-        mask = None
-        if seen is not None or segments is not None or (past and x.shape[1] > 1):
-            allowed = torch.ones(x.shape[0], total, dtype=torch.bool, device=x.device) if seen is None else seen
-            mask = causal_mask(allowed, x.shape[1], segments)
-        elif blockwise(x):
-            mask = causal_mask(torch.ones(1, total, dtype=torch.bool), x.shape[1])
-        if mask is not None and blockwise(x):
-            mask = as_added(mask, self.norm.weight.dtype)
+        rotation, mask = self._rotation(x, past, first, segments), self._mask(x, past, seen, segments)
         hidden = self.embed(filled(x).to(full_precision(self.norm.weight.dtype)))
+        again = self.config.checkpoint_blocks and self.training and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
             if keep_states:
                 states.append(hidden.clone())  # without gradients blocks work in place
-            hidden = block(hidden, rotation, mask, caches[i] if caches else None, last and i + 1 == len(self.blocks))
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            hidden = run(hidden, rotation, mask, caches[i] if caches else None, last and i + 1 == len(self.blocks))
         hidden = self.norm.full(hidden)
         return Outputs(hidden, (*states, hidden) if keep_states else ())
+
+    def _mask(self, x: Tensor, past: int, seen: Tensor | None, segments: Tensor | None) -> Tensor | None:
+        """Who attends to whom; None where everyone does to all before."""
+        new, total, blocks = x.shape[1], past + x.shape[1], blockwise(x)
+        if seen is None and segments is None and not blocks and (past == 0 or new == 1):
+            return None
+        every = 1 if segments is None else len(x)
+        allowed = torch.ones(every, total, dtype=torch.bool, device=x.device) if seen is None else seen
+        mask = causal_mask(allowed, new, segments)
+        return as_added(mask, self.norm.weight.dtype) if blocks else mask
 
     def _rotation(self, x: Tensor, past: int, first: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines: positions count from the first observed point, and anew in every packed series."""
@@ -203,6 +209,8 @@ class TimeMoE(ForecastModel):
 
         Normalised by what the context shows; packed series each by all of their points.
         """
+        half = self.norm.weight.dtype == torch.bfloat16
+        require(not half, "precision", "bfloat16", "is for forecasts; train with float32")
         sequence, segments = windows.sequence, windows.segments
         if self.config.normalize == "instance":
             packed = segments is not None
@@ -266,8 +274,8 @@ class TimeMoE(ForecastModel):
 
 def _with_free(sizes: TimeMoEConfig, config: TimeMoEConfig) -> TimeMoEConfig:
     """A published model's sizes, with what may be chosen beside them."""
-    free = {name: getattr(config, name) for name in ("normalize", "aux_loss", "attention_dropout")}
-    return dataclasses.replace(sizes, **free)
+    free = ("normalize", "aux_loss", "attention_dropout", "precision", "checkpoint_blocks")
+    return dataclasses.replace(sizes, **{name: getattr(config, name) for name in free})
 
 
 def _check_ends(past: Float[Tensor, "B L"], horizon: int) -> None:
