@@ -21,11 +21,14 @@ from apps.timeseries.settings import TimeseriesConfig
 from moecore.benchmark.timing import interleave, peak_memory
 from moecore.errors import require
 
+LEAST = 4096
+"""Points in a small batch from which on its training memory can be told from noise."""
+
 
 def run_benchmark(
     config: TimeseriesConfig, trained: Trained | None, batch_sizes: list[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per model and batch size.
+    """One row per model and batch size; nothing of training for weights in half precision.
 
     Models: the dense twin of equal active multiply-adds, the MoE model, and the same with every expert computed.
 
@@ -46,12 +49,14 @@ def run_benchmark(
     twin = build_model(dataclasses.replace(config.model, dense=True), spec).to(device)
     models = {"dense": twin.eval(), "moe": moe.eval(), "moe, all experts": _all_experts(moe)}
     future = FAMILIES[config.model.name].future(config.model, spec.horizon)
+    trains = next(moe.parameters()).dtype == torch.float32
     rows = []
     for batch in batch_sizes:
         windows = example_windows(spec, batch, future).to(device)
         costs = {name: forecast_cost(model, windows, spec.horizon) for name, model in models.items()}
         forward = interleave({n: _forecast(m, windows, spec.horizon) for n, m in models.items()}, rounds, device=device)
-        training = interleave({n: _training(m, windows) for n, m in models.items()}, rounds, device=device)
+        steps = {n: _training(m, windows) for n, m in models.items()} if trains else {}
+        training = interleave(steps, rounds, device=device) if trains else None
         for name in models:
             seconds = forward[name].median
             rows.append(
@@ -61,9 +66,9 @@ def run_benchmark(
                     "forecast_ms": seconds * 1e3,
                     "windows_per_s": batch / seconds,
                     "forecast_ratio": forward[name].ratio,
-                    "training_ms": training[name].median * 1e3,
-                    "training_ratio": training[name].ratio,
-                    "training_peak_mib": _peak(config, spec, name, batch, future) if device == "cpu" else None,
+                    "training_ms": training[name].median * 1e3 if training else None,
+                    "training_ratio": training[name].ratio if training else None,
+                    "training_peak_mib": _peak(config, spec, name, batch, future) if training and device == "cpu" else None,
                     "params_total": costs[name].total_params,
                     "params_active": costs[name].active_params,
                     "multiply_adds": costs[name].all_experts_macs if "all" in name else costs[name].macs,
@@ -120,7 +125,7 @@ def _all_experts(model: ForecastModel) -> ForecastModel:
 
 def _peak(config: TimeseriesConfig, spec: SeriesSpec, name: str, batch: int, future: int) -> float | None:
     """Peak memory of a training step in MiB, beyond weights and input; None where it is too small to tell."""
-    if batch < 16:
+    if batch < 16 and batch * spec.context < LEAST:
         return None
     peak = peak_memory(functools.partial(_build, config, spec, name, batch, future))
     return None if peak is None else round(peak / 2**20, 1)

@@ -86,6 +86,11 @@ class SeriesData(LightningDataModule):
             train=parts,
         )
 
+    def check(self) -> None:
+        """Raise, before anything is written, what training would stop with: corpora not there, series too short."""
+        _ = self.train_set
+        self.val_dataloader()
+
     def windows(self, part: str, horizon: int | None = None, stride: int = 1) -> WindowSet:
         """All windows of "val" or "test" at a horizon."""
         horizon = horizon or self.config.horizon

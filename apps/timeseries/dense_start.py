@@ -12,6 +12,7 @@ from apps.timeseries.data import SeriesData
 from apps.timeseries.models.base import Windows
 from apps.timeseries.models.centroids import initialise_from_dense
 from apps.timeseries.models.moirai_moe import MoiraiMoE
+from apps.training import check_fits
 
 BATCHES = 64
 """Training batches that centroids are fitted on at most."""
@@ -32,6 +33,7 @@ def start_from_run(model: MoiraiMoE, source: str, run: RunConfig, data: SeriesDa
     path = Runs(run.root, "timeseries").checkpoint(source, None)
     state = load_checkpoint(path, "timeseries")["state_dict"]
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    check_fits(weights, MoiraiMoE(model.config, dense=True), path)
     initialise_from_dense(model, weights, _some_batches(data, run.seed), run.seed)
 
 

@@ -127,11 +127,13 @@ class Forecaster:
 
     def _horizon(self, h: int | None) -> int:
         horizon = self.trained.spec.horizon if h is None else h
-        if horizon < 1:
-            raise UserError(f"h={horizon}: must be at least 1")
-        return horizon
+        if horizon < 1 or horizon != int(horizon):
+            raise UserError(f"h={horizon}: must be at least 1, and whole")
+        return int(horizon)
 
     def _levels(self, quantiles: Sequence[float]) -> tuple[float, ...]:
+        if isinstance(quantiles, float):
+            raise UserError(f"quantiles={quantiles}: must be a list of levels, such as [{quantiles}]")
         levels = tuple(sorted(float(q) for q in quantiles))
         if any(not 0 < level < 1 for level in levels):
             raise UserError(f"quantiles={levels}: must lie strictly between 0 and 1")

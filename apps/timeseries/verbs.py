@@ -38,6 +38,7 @@ def train(config: TimeseriesConfig, args: Train, source: str | None) -> None:
     if resume:
         training.check_fits(load_checkpoint(resume, "timeseries")["state_dict"], task, resume)
     else:
+        data.check()
         task.prepare(data)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/mae", "min")
