@@ -28,7 +28,7 @@ LEAST = 4096
 def run_benchmark(
     config: TimeseriesConfig, trained: Trained | None, batch_sizes: list[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per model and batch size; nothing of training for weights in half precision.
+    """One row per model and batch size.
 
     Models: the dense twin of equal active multiply-adds, the MoE model, and the same with every expert computed.
 
@@ -49,14 +49,12 @@ def run_benchmark(
     twin = build_model(dataclasses.replace(config.model, dense=True), spec).to(device)
     models = {"dense": twin.eval(), "moe": moe.eval(), "moe, all experts": _all_experts(moe)}
     future = FAMILIES[config.model.name].future(config.model, spec.horizon)
-    trains = next(moe.parameters()).dtype == torch.float32
     rows = []
     for batch in batch_sizes:
         windows = example_windows(spec, batch, future).to(device)
         costs = {name: forecast_cost(model, windows, spec.horizon) for name, model in models.items()}
         forward = interleave({n: _forecast(m, windows, spec.horizon) for n, m in models.items()}, rounds, device=device)
-        steps = {n: _training(m, windows) for n, m in models.items()} if trains else {}
-        training = interleave(steps, rounds, device=device) if trains else None
+        training = _training_figures(config, spec, models, windows, rounds)
         for name in models:
             seconds = forward[name].median
             rows.append(
@@ -66,9 +64,7 @@ def run_benchmark(
                     "forecast_ms": seconds * 1e3,
                     "windows_per_s": batch / seconds,
                     "forecast_ratio": forward[name].ratio,
-                    "training_ms": training[name].median * 1e3 if training else None,
-                    "training_ratio": training[name].ratio if training else None,
-                    "training_peak_mib": _peak(config, spec, name, batch, future) if training and device == "cpu" else None,
+                    **training[name],
                     "params_total": costs[name].total_params,
                     "params_active": costs[name].active_params,
                     "multiply_adds": costs[name].all_experts_macs if "all" in name else costs[name].macs,
@@ -112,6 +108,25 @@ def _training(model: ForecastModel, windows: Windows) -> Callable[[], object]:
         model.zero_grad()
 
     return call
+
+
+def _training_figures(
+    config: TimeseriesConfig, spec: SeriesSpec, models: dict[str, ForecastModel], windows: Windows, rounds: int
+) -> dict[str, dict[str, float | None]]:
+    """Part of each model's row; nothing for weights in half precision, which are not trained."""
+    if next(models["moe"].parameters()).dtype != torch.float32:
+        return {name: dict.fromkeys(("training_ms", "training_ratio", "training_peak_mib")) for name in models}
+    device = windows.past.device.type
+    timings = interleave({n: _training(m, windows) for n, m in models.items()}, rounds, device=device)
+    size, future = len(windows), windows.future.shape[1]
+    return {
+        name: {
+            "training_ms": timings[name].median * 1e3,
+            "training_ratio": timings[name].ratio,
+            "training_peak_mib": _peak(config, spec, name, size, future) if device == "cpu" else None,
+        }
+        for name in models
+    }
 
 
 def _all_experts(model: ForecastModel) -> ForecastModel:
