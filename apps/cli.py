@@ -133,22 +133,23 @@ def _files_first(argv: Sequence[str]) -> list[str]:
 def _brackets(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """The arguments with `0.1,0.5` as `[0.1,0.5]` and `promo` as `[promo]`, for settings that are lists."""
     kinds = {flag: getattr(action, "_typehint", None) for action in parser._actions for flag in action.option_strings}
-    lists = {flag for flag, kind in kinds.items() if typing.get_origin(kind) in (list, tuple)}
+    lists = {flag: kind for flag, kind in kinds.items() if typing.get_origin(kind) in (list, tuple)}
     done: list[str] = []
     for argument in argv:
         flag, equals, value = argument.partition("=")
         if equals and flag in lists:
-            done.append(f"{flag}={_bracketed(value)}")
+            done.append(f"{flag}={_bracketed(value, lists[flag])}")
         elif done and done[-1] in lists:
-            done.append(_bracketed(argument))
+            done.append(_bracketed(argument, lists[done[-1]]))
         else:
             done.append(argument)
     return done
 
 
-def _bracketed(value: str) -> str:
+def _bracketed(value: str, kind: object) -> str:
     written = value.strip()
-    as_is = written == "" or written in ("null", "None") or written.startswith(("[", "(", "--"))
+    pair = typing.get_origin(kind) is tuple and ... not in typing.get_args(kind)  # one value is never all of it
+    as_is = written in ("", "null", "None") or written.startswith(("[", "(", "--")) or (pair and "," not in written)
     return value if as_is else f"[{written}]"
 
 

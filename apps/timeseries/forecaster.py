@@ -127,8 +127,10 @@ class Forecaster:
 
     def _horizon(self, h: int | None) -> int:
         horizon = self.trained.spec.horizon if h is None else h
-        if horizon < 1 or horizon != int(horizon):
-            raise UserError(f"h={horizon}: must be at least 1, and whole")
+        if horizon < 1:
+            raise UserError(f"h={horizon}: must be at least 1")
+        if horizon != int(horizon):
+            raise UserError(f"h={horizon}: must be a whole number of points")
         return int(horizon)
 
     def _levels(self, quantiles: Sequence[float]) -> tuple[float, ...]:

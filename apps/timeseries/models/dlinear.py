@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,15 +175,21 @@ def moving_average(x: Float[Tensor, "B L"], kernel: int) -> Float[Tensor, "B L"]
 def interpolated(x: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
     """Gaps filled linearly, ends repeated outwards; zero where there is no value at all."""
     seen = observed(x)
-    if bool(seen.all()):
+    if not torch.compiler.is_exporting() and bool(seen.all()):  # graphs cannot branch on values
         return x
     length = x.shape[1]
     place = torch.arange(length, device=x.device).expand_as(x)
-    before = torch.where(seen, place, -1).cummax(1).values
-    after = torch.where(seen, place, length).flip(1).cummin(1).values.flip(1)
+    before = _running_max(torch.where(seen, place, -1))
+    after = length - 1 - _running_max(torch.where(seen, length - 1 - place, -1).flip(1)).flip(1)
     left = torch.where(before < 0, after, before).clamp(max=length - 1)
     right = torch.where(after == length, before, after).clamp(min=0)
     values = filled(x)
     low, high = values.gather(1, left), values.gather(1, right)
     share = (place - left).to(x.dtype) / (right - left).clamp(min=1)
     return torch.lerp(low, high, share.clamp(0, 1))
+
+
+def _running_max(x: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Of indices from -1 up; by pooling, since ONNX has no `cummax`."""
+    padded = F.pad(x[:, None].float(), (x.shape[1] - 1, 0), value=-1)
+    return F.max_pool1d(padded, x.shape[1], stride=1).squeeze(1).long()

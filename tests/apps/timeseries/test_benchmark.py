@@ -67,6 +67,17 @@ def test_benchmark_of_fresh_weights(ts, small, tmp_path, name):
     checked(tmp_path / "b.json", [1])
 
 
+def test_half_precision_is_for_forecasts_only(ts, small, tmp_path):
+    changes = {"model__name": "timemoe", "model__timemoe__precision": "bfloat16"}
+    done = ts(
+        "benchmark", *small(tmp_path, **changes), "--rounds=1", "--batch_sizes=[2]", "--json", tmp_path / "b.json"
+    )
+    assert (done.code, done.err) == (0, "")
+    for row in json.loads((tmp_path / "b.json").read_text()):
+        assert row["forecast_ms"] > 0
+        assert row["training_ms"] is row["training_peak_mib"] is None
+
+
 def test_benchmark_of_a_trained_model(ts, segmoe_run, tmp_path):
     options = ["--rounds=2", "--batch_sizes=[1,3]", "--json", tmp_path / "b.json"]
     done = ts("benchmark", "--ckpt_path", segmoe_run, *options)

@@ -56,7 +56,7 @@ def test_centroids_of_another_model_are_one_short_line(ts, small, segmoe_run, tm
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
-    [({"h": 2.5}, "h=2.5: must be at least 1, and whole"), ({"quantiles": 0.5}, r"quantiles=0.5: must be a list")],
+    [({"h": 2.5}, "h=2.5: must be a whole number"), ({"quantiles": 0.5}, r"quantiles=0.5: must be a list")],
 )
 def test_numbers_of_the_wrong_kind_are_one_line(segmoe_run, waves, asked: dict, reason: str) -> None:
     forecaster = Forecaster.from_checkpoint(segmoe_run)

@@ -89,7 +89,7 @@ def test_help_of_a_verb_lists_its_settings_with_their_words(ts, verb):
             ["predict", "--input=x", "--quantiles=[0.1,0.1]"],
             r"quantiles=\(0.1, 0.1\): must be different from each other",
         ),
-        (["predict", "--input=x", "--quantiles=most"], r"quantiles=most: expected a tuple"),
+        (["predict", "--input=x", "--quantiles=most"], r"quantiles=most: expected a float"),
         (["predict", "--input=x", "--output=f.txt"], r"output='?f.txt'?: must end in .csv, .parquet or .json"),
         (["predict", "--input=x", "--horizon=0"], r"horizon=0: must be at least 1"),
         (["export"], r"--ckpt_path: is required.*"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -279,17 +278,10 @@ def test_the_report_can_be_written_again(ts, segmoe_run, tmp_path):
     assert f"report: {tmp_path / 'deep' / 'r.html'}" in done.out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apps.timeseries.deploy") is None, reason="no apps.timeseries.deploy")
 @pytest.mark.parametrize("name", ["segmoe", "dlinear"])
-def test_export_is_compared_with_the_model(ts, trained_runs, tmp_path, name):
-    from jaxtyping import config
-
-    config.update("jaxtyping_disable", True)  # shape checks cannot be traced
+def test_export_is_compared_with_the_model(ts, trained_runs, tmp_path, untyped, name):
     run = trained_runs(run__name=name, model__name=name)
-    try:
-        done = ts("export", "--ckpt_path", run, "--output", tmp_path / "m.onnx", "--json", tmp_path / "x.json")
-    finally:
-        config.update("jaxtyping_disable", False)
+    done = ts("export", "--ckpt_path", run, "--output", tmp_path / "m.onnx", "--json", tmp_path / "x.json")
     assert (done.code, done.err) == (0, "")
     assert (tmp_path / "m.onnx").stat().st_size > 1000
     assert 0 <= json.loads((tmp_path / "x.json").read_text())["max_relative_error"] < 1e-4

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 
@@ -16,14 +14,6 @@ from export.onnx import export_onnx
 from export.verify import compare_onnx
 
 HORIZONS = (1, 4, 8)
-
-
-@pytest.fixture
-def untyped() -> Iterator[None]:
-    """Shape checks, which cannot be traced, are off."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tiny(normalize: str, layers: int = 1) -> TimeMoE:
