@@ -80,6 +80,7 @@ def _run(
     from apps.cli import run
 
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers as from a command line, not from a server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
