@@ -14,17 +14,20 @@ class Predict:
     """Forecast what comes after the end of every series of a file."""
 
     input: str
-    """Series: .csv, .csv.gz or .parquet, long (unique_id, ds, y) or wide, or a folder of such files."""
+    """Series: CSV (comma, semicolon or tab; also .gz, .bz2, .xz, .zip) or Parquet, long (unique_id, ds, y) or wide, or
+    a folder of such files."""
     ckpt_path: str | None = None
-    """What to load: a checkpoint, a run folder, or `last`. Not needed with model.timemoe.pretrained."""
+    """What to load: a checkpoint, a run folder, or `last`. Not needed with model.timemoe.pretrained or
+    model.moirai_moe.pretrained, nor for seasonal_naive, which learns nothing."""
     output: str = "forecasts.csv"
     """Where to write: .csv, .parquet or .json, with columns unique_id, ds, the model's name, and its intervals."""
     horizon: int | None = None
-    """Points to forecast; null: as many as the model was trained for."""
+    """Points to forecast; null: as many as the model was trained for. Required without a checkpoint."""
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
     """Quantile levels: 0.1 and 0.9 are the columns -lo-80 and -hi-80, 0.5 is -median."""
     future: str | None = None
-    """File of the covariates after the end of the series (unique_id, ds and data.futr_columns)."""
+    """File of the covariates after the end of the series (unique_id, ds and data.futr_columns), for models that look
+    at them."""
     plots: str | None = None
     """Folder for a picture of every series with its forecast."""
 
@@ -42,8 +45,8 @@ class Evaluate:
     """Measure a trained model on the test windows, beside seasonal naive and DLinear."""
 
     ckpt_path: str | None = None
-    """What to load: a checkpoint, a run folder, or `last`. Not needed with model.timemoe.pretrained, nor for a model
-    that is not trained (seasonal_naive)."""
+    """What to load: a checkpoint, a run folder, or `last`. Not needed with model.timemoe.pretrained or
+    model.moirai_moe.pretrained, nor for seasonal_naive, which learns nothing."""
     json: str | None = None
     """Write the figures to this file as JSON."""
 

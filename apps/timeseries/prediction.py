@@ -119,7 +119,7 @@ def _check(trained: Trained, series: Sequence[Series], horizon: int, levels: Seq
                 raise UserError(
                     f"series {one.id}: {given} columns of {kind} covariates; the model needs {list(wanted)}"
                 )
-        if trained.spec.futr and len(one.futr) < len(one) + horizon:
+        if trained.model.covariates and trained.spec.futr and len(one.futr) < len(one) + horizon:
             raise UserError(
                 f"series {one.id}: {', '.join(trained.spec.futr)} known for {len(one.futr) - len(one)} of {horizon} "
                 "points after its end; give them with --future"

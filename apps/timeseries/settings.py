@@ -16,8 +16,8 @@ class DataConfig:
 
     source: str = "statsmodels"
     """statsmodels (real series that come with that library), a data set of the catalogue (ETTh1, ETTh2, ETTm1, ETTm2,
-    weather, electricity, traffic), or your file or folder: .csv, .csv.gz or .parquet, long (unique_id, ds, y) or wide
-    (a column per series)."""
+    weather, electricity, traffic), or your file or folder: CSV (comma, semicolon or tab; also .gz, .bz2, .xz, .zip)
+    or Parquet, long (unique_id, ds, y) or wide (a column per series)."""
     root: str = "data"
     """Folder of the catalogue's data sets; what is missing is downloaded."""
     id_column: str = "unique_id"
@@ -27,11 +27,11 @@ class DataConfig:
     target_column: str = "y"
     """Long tables: column of values."""
     futr_columns: tuple[str, ...] = ()
-    """Covariates known in the future too (holidays, prices)."""
+    """Covariates known in the future too (holidays, prices). Of the models, moirai_moe looks at covariates."""
     hist_columns: tuple[str, ...] = ()
-    """Covariates known only in the past."""
+    """Covariates known only in the past; moirai_moe looks at them."""
     stat_columns: tuple[str, ...] = ()
-    """Numbers that never change within a series."""
+    """Numbers that never change within a series; moirai_moe looks at them."""
     freq: str | None = None
     """Step of the series: a pandas frequency (h, 15min, D, W, MS, ...) or a whole number; null: found per series."""
     on_duplicates: Literal["raise", "mean", "last"] = "raise"

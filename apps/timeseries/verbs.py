@@ -43,10 +43,19 @@ def train(config: TimeseriesConfig, args: Train, source: str | None) -> None:
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/mae", "min")
     if trainer.is_global_zero:
+        _note_covariates(task)
         print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
     training.fit(trainer, task, data, folder, config, resume)
     if trainer.is_global_zero:
         _finish(config, args, folder, data)
+
+
+def _note_covariates(task: ForecastTask) -> None:
+    unused = [] if task.model.covariates else [*task.spec.futr, *task.spec.hist, *task.spec.stat]
+    if unused:
+        print(
+            f"note: {task.config.model.name} looks at no covariates ({', '.join(unused)}); moirai_moe does", flush=True
+        )
 
 
 def run_name(config: TimeseriesConfig, source: str | None) -> str:

@@ -72,10 +72,12 @@ class ForecastModel(nn.Module, ABC):
 
     Attributes:
         probabilistic: whether `forecast` gives quantiles by itself. Points become intervals by calibration elsewhere.
+        covariates: whether it looks at `futr`, `hist` and `stat` of its windows.
         max_context: longest context it takes, None for any.
     """
 
     probabilistic = False
+    covariates = False
     max_context: int | None = None
 
     @abstractmethod

@@ -26,9 +26,9 @@ MAX_PATHS = 8192
 class MoiraiMoE(ForecastModel):
     """Decoder of patches: the token of a patch gives the distribution of every point of the next.
 
-    Covariates are further variates in the sequence. `prefer="nearest"` sends a token to the experts of the clusters it
-    is closest to; published checkpoints send it to the farthest. There is no shared expert, no router parameter and no
-    balance loss. Constants of a series (`Windows.stat`) scale to nothing and are not looked at.
+    Covariates are further variates in the sequence, constants of the series a token each. `prefer="nearest"` sends a
+    token to the experts of the clusters it is closest to; published checkpoints send it to the farthest. There is no
+    shared expert, no router parameter and no balance loss.
 
     Args:
         config: sizes.
@@ -37,6 +37,7 @@ class MoiraiMoE(ForecastModel):
     """
 
     probabilistic = True
+    covariates = True
 
     def __init__(self, config: MoiraiMoEConfig, dense: bool = False) -> None:
         super().__init__()

@@ -73,7 +73,8 @@ def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahe
     across the border of two packed series belongs to the later one.
 
     Args:
-        windows: contexts, futures if known, covariates; `stat` is not looked at, a constant scales to nothing.
+        windows: contexts, futures if known, covariates. Scaled, a constant would be nothing: of `stat`, the inverse
+            hyperbolic sine is shown, linear for small numbers and logarithmic for large ones.
         patch_size: P.
         horizon: points to forecast instead of those in `windows.future`.
         ahead: whether the target sees covariates with a known future one patch ahead, as far as it predicts. The
@@ -102,7 +103,8 @@ def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahe
     hidden = torch.tensor(kinds, device=x.device)[tokens.variate] == 2
     last = left + length - 1
     scale = Scale(mean[:, 0, last : last + 1], std[:, 0, last : last + 1])
-    return Grid(tokens.select(~hidden | (tokens.time < context)), scale, context, count)
+    tokens = tokens.select(~hidden | (tokens.time < context))
+    return Grid(_with_constants(tokens, windows.stat), scale, context, count)
 
 
 def _padded(x: Tensor, left: int, size: int, value: float = torch.nan) -> Tensor:
@@ -150,3 +152,19 @@ def _tokens(patches: Float[Tensor, "B V T P"], kinds: list[int], segments: Tenso
         segments = segments[:, ::size].repeat(1, variates)
     patches = patches.flatten(1, 2)
     return Tokens(filled(patches), observed(patches), variate, time, clock, segments)
+
+
+def _with_constants(tokens: Tokens, stat: Float[Tensor, "B Cs"] | None) -> Tokens:
+    """A token for each constant of the series behind the others, known from the first patch on."""
+    if stat is None or tokens.segments is not None:
+        return tokens
+    shown = stat.asinh().to(tokens.values.dtype)[..., None].expand(-1, -1, tokens.values.shape[-1])
+    first = torch.zeros(stat.shape[1], dtype=torch.long, device=stat.device)
+    variate = tokens.variate.max() + 1 + torch.arange(stat.shape[1], device=stat.device)
+    return Tokens(
+        torch.cat([tokens.values, filled(shown)], 1),
+        torch.cat([tokens.observed, observed(shown)], 1),
+        torch.cat([tokens.variate, variate]),
+        torch.cat([tokens.time, first]),
+        torch.cat([tokens.clock, first]),
+    )

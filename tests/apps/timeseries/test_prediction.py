@@ -180,6 +180,12 @@ def test_known_covariates_of_the_future_change_the_forecast():
     np.testing.assert_array_equal(here, same)  # what lies beyond the horizon is not looked at
 
 
+def test_a_model_that_looks_at_no_covariates_asks_for_none():
+    model = trained("segmoe", futr=("price",), hist=("load",))
+    (one,) = forecast_series(model, [covariates(40, 0)], 8)
+    assert np.isfinite(one.mean).all()
+
+
 @pytest.mark.parametrize(
     ("series", "line"),
     [

@@ -184,6 +184,12 @@ def with_covariates(ts, small, tmp_path_factory):
     return root
 
 
+def test_training_says_which_columns_a_model_does_not_look_at(ts, small, with_covariates, tmp_path):
+    changes = {"data__source": with_covariates / "past.csv", "data__futr_columns": "[price]"}
+    done = ts("train", *small(tmp_path, **changes))
+    assert "note: segmoe looks at no covariates (price); moirai_moe does" in done.out
+
+
 def test_covariates_of_the_future_are_asked_for_and_used(ts, with_covariates, tmp_path):
     root = with_covariates
     options = ["--ckpt_path", root / "timeseries" / "cov", "--input", root / "past.csv", "--output", tmp_path / "f.csv"]

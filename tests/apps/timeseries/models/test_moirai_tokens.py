@@ -31,6 +31,20 @@ def test_a_covariate_that_is_missing_throughout_is_none():
     torch.testing.assert_close(made.loss(given), made.loss(dataclasses.replace(given, futr=with_gap)))
 
 
+def test_constants_are_tokens_known_from_the_start():
+    made, given = model(), windows(futr=1, hist=1)
+    stat = torch.tensor([[3.0, -2e4]]).double().expand(len(given), -1)
+    before, with_them = make_grid(given, P).tokens, make_grid(dataclasses.replace(given, stat=stat), P).tokens
+    assert with_them.values.shape[1] == before.values.shape[1] + 2
+    torch.testing.assert_close(with_them.values[:, -2:, 0], stat.asinh())
+    losses = [made.loss(dataclasses.replace(given, stat=s)) for s in (stat, stat + 1, torch.full_like(stat, NAN))]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[2], made.loss(given))  # missing ones are none
+    paths = made.sample(dataclasses.replace(given, stat=stat), 9, 3)
+    assert paths.shape == (len(given), 3, 9)
+    assert paths.isfinite().all()
+
+
 def test_a_missing_point_is_not_a_point_at_the_mean():
     made, given = model(), windows(batch=1)
     missing = given.past.clone()
