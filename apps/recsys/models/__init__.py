@@ -1,0 +1,1 @@
+"""Ranking models, plain `nn.Module`s on moecore blocks. No Lightning here."""
