@@ -6,7 +6,7 @@ import importlib
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from apps.errors import UserError
 from apps.timeseries.series import Series
@@ -18,8 +18,21 @@ QUARTERLY = {"macrodata": "1959-01", "danish_data": "1974-01", "interest_inflati
 NAMES = ("co2", "elnino", "elec_equip", *YEARLY, *QUARTERLY)
 CHUNK = 256
 """Synthetic series drawn together."""
-PERIODS = (4, 5, 7, 12, 24, 30, 48, 52, 96, 168, 288, 365)
-"""Seasons as calendars have them, in points."""
+CALENDARS = {
+    "hour": (0.60, (24, 168, 8766)),
+    "30min": (0.03, (48, 336, 17532)),
+    "15min": (0.06, (96, 672, 35064)),
+    "5min": (0.03, (288, 2016, 105192)),
+    "minute": (0.02, (60, 1440, 10080)),
+    "day": (0.10, (7, 365, 91)),
+    "week": (0.04, (52, 13, 4)),
+    "month": (0.06, (12, 3, 6)),
+    "quarter": (0.02, (4, 2, 8)),
+    "business day": (0.02, (5, 21, 261)),
+    "day of the month": (0.02, (30, 7, 365)),
+}
+"""Step of a synthetic series: share among them, and its seasons in points, the strongest first. Hours lead: small
+models learn few periods well, and most series with strong seasons are hourly."""
 
 
 def embedded_series(name: str = "statsmodels") -> list[Series]:
@@ -66,10 +79,10 @@ def synthetic_series(count: int, length: int, seed: int = 0) -> list[Series]:
     """Draw synthetic series to pretrain on, with integer times; series i is the same whatever `count` is.
 
     Sums and products of random parts, after KernelSynth (Ansari et al. 2024, arXiv 2403.07815, section 4.2), whose
-    kernels are drawn from directly here: trends (linear kernel; also bent and exponential), one to three seasons
-    (periodic kernels; smooth ones and sharp peaks), smooth wandering (RBF kernel, by random Fourier features), random
-    walks and autoregressive noise, in part with heavy tails or growing with the level; on some of them level shifts,
-    outliers, or counts with many zeros. Levels and scales differ by orders of magnitude.
+    kernels are drawn from directly here: trends (linear kernel; also bent and exponential), up to three seasons of a
+    calendar (periodic kernels; smooth ones and sharp peaks), smooth wandering (RBF kernel, by random Fourier
+    features), random walks and autoregressive noise, in part with heavy tails or growing with the level; on some of
+    them level shifts, outliers, or counts with many zeros. Levels and scales differ by orders of magnitude.
 
     Args:
         count: number of series.
@@ -85,7 +98,12 @@ def synthetic_series(count: int, length: int, seed: int = 0) -> list[Series]:
 def _synthetic(rng: np.random.Generator, length: int) -> Float[np.ndarray, "S T"]:
     """A chunk of series, each with parts of its own."""
     time = np.linspace(0, 1, length)
-    season = sum(_weight(rng, share) * _season(rng, length) for share in (0.85, 0.45, 0.2))
+    shares, periods = zip(*CALENDARS.values(), strict=True)
+    calendar = rng.choice(periods, CHUNK, p=shares)[:, :, None]  # [S, 3, 1]
+    parts = ((1.5, 0.9), (1.0, 0.4), (1.0, 0.15))  # size and share of the seasons
+    season = sum(
+        size * _weight(rng, share) * _season(rng, length, calendar[:, i]) for i, (size, share) in enumerate(parts)
+    )
     trend = _weight(rng, 0.6) * _trend(rng, time)
     drift = _weight(rng, 0.5) * _smooth(rng, time) + _weight(rng, 0.25) * _walk(rng, length)
     shifts = _weight(rng, 0.2) * _shifts(rng, length)
@@ -111,10 +129,10 @@ def _weight(rng: np.random.Generator, share: float) -> np.ndarray:
     return _some(rng, share) * rng.lognormal(0, 0.5, (CHUNK, 1))
 
 
-def _season(rng: np.random.Generator, length: int) -> Float[np.ndarray, "S T"]:
+def _season(rng: np.random.Generator, length: int, calendar: Int[np.ndarray, "S 1"]) -> Float[np.ndarray, "S T"]:
     """A period of the calendar or any other, as decaying harmonics or as one peak a period."""
     any_period = np.exp(rng.uniform(np.log(3), np.log(max(length / 2, 4)), (CHUNK, 1)))
-    period = np.where(_some(rng, 0.7), rng.choice(PERIODS, (CHUNK, 1)), any_period)
+    period = np.where(_some(rng, 0.8), calendar, any_period)
     angle = 2 * np.pi * (np.arange(length) / period + rng.random((CHUNK, 1)))
     decay = rng.uniform(0.5, 2.5, (CHUNK, 1))
     waves = sum(
