@@ -52,6 +52,19 @@ class Batch:
         return Batch(**{f.name: one(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
+def concat(batches: list[Batch]) -> Batch:
+    """Rows of batches, one after the other."""
+
+    def one(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        return None if values[0] is None else torch.cat(values)
+
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(**{f.name: one([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(Batch)})
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """One embedding table."""
@@ -81,7 +94,9 @@ class DenseInput:
     std: float = 1.0
     """Of the values (after sign(x) log(1 + |x|) for log)."""
     edges: tuple[float, ...] = ()
-    """Quantiles between bins, strictly rising."""
+    """Quantiles, strictly rising. bins: between bins (at least one; x is in the bin of all edges <= x); piecewise: also
+    the least and the largest value (at least two). Values that a share of 1 / bins of the rows has are edges
+    themselves."""
     dim: int = 8
     """Width of the embedding of bins."""
 
