@@ -52,6 +52,7 @@ class Entry:
     md5: str | None = None
     unpack: str | None = None
     inner: str | None = None
+    account: str | None = None
     use: str | None = None
 
     def __post_init__(self) -> None:
@@ -204,6 +205,8 @@ def fetch(entry: Entry, root: Path) -> str:
         OSError: the disk is full or may not be written.
     """
     file, target = root / entry.file, root / (entry.unpack or entry.file)
+    if entry.account and not target.exists():
+        raise FetchError(f"needs an account at {entry.urls[0]}; {entry.account.format(target=target)}")
     with _alone(file.parent):
         if target.exists() and not file.exists():
             return f"{target} is there; its archive is not, so it was not verified (delete it to download it anew)"
