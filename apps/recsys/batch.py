@@ -40,8 +40,11 @@ class Batch:
         return self._map(lambda t: t.to(device))
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
-        """Some of the rows."""
-        return self._map(lambda t: t[rows])
+        """Some of the rows: a slice, numbers, or a mask."""
+        if isinstance(rows, slice):
+            return self._map(lambda t: t[rows])
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        return self._map(lambda t: t.index_select(0, rows))  # several times as fast as t[rows]
 
     def _map(self, function) -> Batch:
         def one(value: Any) -> Any:

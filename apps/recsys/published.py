@@ -141,6 +141,8 @@ KUAIRAND_DENSE = [
     "age_of_video",
     "history_len",
 ]
+KUAIRAND_RARE = ("user_id", "author_id", "music_id")
+"""Those seen once in training are unknown, so that there is something to learn for those first seen in testing."""
 KUAIRAND_HISTORIES = ("watch_seq", "long_view_seq", "like_seq")
 KUAIRAND_BEGIN, KUAIRAND_VAL, KUAIRAND_TEST = 20220425, 20220501, 20220503
 """Days: training until 30 April, validation on 1 and 2 May, then testing; what came before is history."""
@@ -157,7 +159,7 @@ def kuairand(folder: Path) -> Log:
     users = _read(places, "user_features_pure.csv").set_index("user_id").join(histories)
     videos = _read(places, "video_features_basic_pure.csv").set_index("video_id")
     frames = [_kuairand_frame(log, users, videos) for log in logs]
-    features = {name: FeatureSpec() for name in KUAIRAND_SPARSE}
+    features = {name: FeatureSpec(min_count=2 if name in KUAIRAND_RARE else 1) for name in KUAIRAND_SPARSE}
     features |= {name: FeatureSpec(kind="dense") for name in KUAIRAND_DENSE}
     features["tag"] = FeatureSpec(kind="sequence", max_len=5)
     features |= {
