@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def calibrated(trained: Trained, data: SeriesData) -> Trained:
     return Trained(trained.model, trained.config, trained.spec, trained.path, intervals)
 
 
+def _with_intervals(trained: Trained, data: SeriesData) -> Trained:
+    """With intervals of this data's validation windows, where the checkpoint has none or those of other data.
+
+    A checkpoint from within training and published weights have none; errors on other series say little of these.
+    """
+    if trained.intervals is not None:
+        source = load_plain(trained.path)["config"]["data"]["source"]
+        if source == data.config.source:
+            return trained
+        print(f"intervals: calibrated anew on the validation windows of {data.config.source}", flush=True)
+    return dataclasses.replace(trained, intervals=calibrate_on_validation(trained.model, data))
+
+
 def _measure(trained: Trained, data: SeriesData) -> Evaluation:
     show = trained.config.trainer.enable_progress_bar
     return measure(trained.title, trained.model, data, trained.intervals, show)
@@ -121,10 +135,7 @@ def evaluate(config: TimeseriesConfig, args: Evaluate, source: str | None) -> No
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config) if args.ckpt_path else load_untrained(config)
     data = make_data(config)
-    if trained.intervals is None:  # a checkpoint from within training, or published weights
-        trained = Trained(
-            trained.model, trained.config, trained.spec, trained.path, calibrate_on_validation(trained.model, data)
-        )
+    trained = _with_intervals(trained, data)
     evaluation = _measure(trained, data)
     _write(evaluation, trained, data, args.json)
     _show(f"test: {trained.path or trained.title}", evaluation)
@@ -158,10 +169,7 @@ def report(config: TimeseriesConfig, args: Report, source: str | None) -> None:
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     data = make_data(config)
-    if trained.intervals is None:
-        trained = Trained(
-            trained.model, trained.config, trained.spec, trained.path, calibrate_on_validation(trained.model, data)
-        )
+    trained = _with_intervals(trained, data)
     target = Path(args.output) if args.output else run_folder(trained.path) / "report.html"
     print(f"report: {write_report(trained, _measure(trained, data), data, target)}")
 

@@ -293,6 +293,20 @@ def test_export_is_compared_with_the_model(ts, trained_runs, tmp_path, untyped, 
     assert 0 <= json.loads((tmp_path / "x.json").read_text())["max_relative_error"] < 1e-4
 
 
+def test_intervals_are_calibrated_anew_on_other_data(ts, segmoe_run, tmp_path):
+    frame = hourly(2)
+    frame["y"] = 50 + 30 * np.random.default_rng(0).standard_normal(len(frame))  # nothing like what was trained on
+    frame.to_csv(tmp_path / "noise.csv", index=False)
+    line = f"intervals: calibrated anew on the validation windows of {tmp_path / 'noise.csv'}"
+    for options, said in (([], False), (["--data.source", tmp_path / "noise.csv"], True)):
+        done = ts("evaluate", "--ckpt_path", segmoe_run, *options, "--json", tmp_path / "f.json")
+        assert (done.code, done.err) == (0, "")
+        assert (line in done.out) == said
+    figures = json.loads((tmp_path / "f.json").read_text())
+    coverage = next(value for name, value in figures.items() if name.endswith("/coverage_80") and name.count("/") == 1)
+    assert coverage > 0.6
+
+
 def test_pretraining_on_corpora(ts, small, waves, tmp_path):
     """Sequences of corpora to learn from; validated, tested and loaded like any other run."""
     changes = {"data__corpora": "{synthetic: 1, train: 1}", "data__corpus_length": 32, "data__synthetic_series": 6}
