@@ -71,6 +71,8 @@ def load_source(config: DataConfig, schema: Schema | None = None) -> Source:
     else:
         log = _own(config, schema)
     schema = schema or (read_schema(config.schema) if config.schema is not None else log.schema)
+    for table in log.files.values() if log.files else [log.table]:
+        table.expect(schema.columns())
     held = {name: _held(table, config) for name, table in log.files.items()}
     if held and config.split in ("auto", "files"):
         parts = _by_files(held, schema, config)
@@ -79,8 +81,6 @@ def load_source(config: DataConfig, schema: Schema | None = None) -> Source:
     else:
         table = _joined(held, config) if held else _held(log.table, config)
         parts = _cut(table, schema, log, config)
-    for rows in parts.values():
-        rows.table.expect(schema.columns())
     return Source(schema, parts)
 
 
