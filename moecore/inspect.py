@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +13,17 @@ from torch import Tensor, nn
 
 from moecore.balance import entropy
 from moecore.layer import MoE
+from moecore.multigate import GateRecord, MultiGate
 from moecore.routing import Routing
 
 
 class Recording(list[Routing]):
     """The routings of one or more forward passes, in the order of the calls."""
+
+    def __init__(self, routings: Iterable[Routing] = ()) -> None:
+        super().__init__(routings)
+        self.gates: list[GateRecord] = []
+        """What multi-gate levels decided (`moecore.MultiGate`), likewise."""
 
     def by_layer(self) -> dict[str, list[Routing]]:
         """Layer name -> its calls."""
@@ -28,14 +35,15 @@ class Recording(list[Routing]):
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
-    """Collect the routing of every MoE layer of `model` while it runs inside.
+    """Collect the routing of every MoE layer of `model`, and the gates of every `MultiGate`, while it runs inside.
 
     Outside, layers store nothing. A recording is of the model: threads that share it share what is recorded. Leave the
     block before calling `backward()` under activation checkpointing, which runs layers a second time. Copies of the
     model made inside are not recorded.
 
     Args:
-        model: any module with `moecore.MoE` layers in it; a layer that occurs twice goes by its first name.
+        model: any module with `moecore.MoE` or `moecore.MultiGate` layers in it; a layer that occurs twice goes by its
+            first name.
 
     Yields:
         A list that fills as the model runs, with its graph: detach or drop it when the step is done.
@@ -48,10 +56,11 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> loss = y.square().mean() + moecore.balance_loss(recording)
     """
     recording = Recording()
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (MoE, MultiGate))]
     before = [module._recorder for _, module in layers]
     for (name, module), outer in zip(layers, before, strict=True):
-        module._recorder = _recorder(recording, name, outer)
+        kept = recording if isinstance(module, MoE) else recording.gates
+        module._recorder = _recorder(kept, name, outer)
     try:
         yield recording
     finally:
@@ -59,11 +68,11 @@ def record(model: nn.Module) -> Iterator[Recording]:
             module._recorder = outer
 
 
-def _recorder(recording: Recording, name: str, outer: Callable[[Routing], None] | None) -> Callable[[Routing], None]:
-    def keep(routing: Routing) -> None:
-        recording.append(replace(routing, name=name))
+def _recorder(kept: list, name: str, outer: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    def keep(decision: Routing | GateRecord) -> None:
+        kept.append(replace(decision, name=name))
         if outer is not None:  # an enclosing `record` sees the layer too
-            outer(routing)
+            outer(decision)
 
     return keep
 
