@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from apps.errors import UserError
+from apps.recsys import joins
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
 from apps.recsys.splits import Rule, by_borders
 from apps.recsys.tables import FrameTable, Table, open_table
@@ -240,42 +241,60 @@ def movielens(folder: Path) -> Log:
 def aliexpress(folder: Path) -> Log:
     """AliExpress search logs of one country (Li et al. 2020): click, and conversion after a click.
 
-    In the form that multi-task libraries share: train.csv and test.csv, whose columns are a number of the search, 16
-    categories, 63 numbers, click and conversion.
+    Tables train and test of a number of the search, 16 categories, 63 numbers, click and conversion, as multi-task
+    libraries share them; made from the published files (nl_user_train, nl_item_train, ...), plain or zipped, if absent.
     """
-    tables = {name: open_table(_must(folder, f"{name}.csv", f"{name}.csv.gz")) for name in ("train", "test")}
+    land = folder.name.rpartition("-")[2]
+    tables: dict[str, Table] = {}
+    for part in ("train", "test"):
+        path = _prepared(folder, part)
+        if path is None:
+            halves = [_must(folder, *(f"{land}_{half}_{part}{end}" for end in (".csv", ".zip"))) for half in _HALVES]
+            path = joins.aliexpress(*halves, folder / part)
+        tables[part] = open_table(path)
     search, *inputs, click, conversion = tables["train"].columns
     if len(inputs) != 79:
-        raise UserError(
-            f"{folder}/train.csv: {len(inputs) + 3} columns, expected 82: search, 16 + 63 features, 2 labels"
-        )
+        found = len(inputs) + 3
+        raise UserError(f"{tables['train'].name}: {found} columns, expected 82: search, 16 + 63 features, 2 labels")
     features = {name: FeatureSpec(kind="sparse" if i < 16 else "dense") for i, name in enumerate(inputs)}
     labels = {"click": LabelSpec(click), "conversion": LabelSpec(conversion, given="click")}
     return Log(None, Schema(features, labels, user=search), files=tables)
 
 
+_HALVES = ("user", "item")
+
+
 def ali_ccp(folder: Path) -> Log:
     """Ali-CCP (Ma et al. 2018, ESMM): click, and purchase after a click.
 
-    In the form that multi-task libraries share: tables train, val and test with click, purchase, categories, and
-    numbers in columns that begin with D.
+    Tables train and test (and val, if there) with click, purchase, categories, and numbers in columns that begin with
+    D, as multi-task libraries share them; made from the published files (sample_skeleton_train.csv and
+    common_features_train.csv, and those of the test) if absent.
     """
-    tables = {
-        name: open_table(_must(folder, *(f"{stem}{end}" for stem in stems for end in (".parquet", ".csv", ".csv.gz"))))
-        for name, stems in _ALI_CCP.items()
-    }
-    columns = tables["train"].columns
+    tables: dict[str, Table] = {}
+    for part in ("train", "val", "test"):
+        path = _prepared(folder, part, f"ali_ccp_{part}")
+        if path is None and part != "val":
+            raw = [f"{half}_{part}.csv" for half in ("sample_skeleton", "common_features")]
+            halves = [_must(folder, name, f"sample_{part}/{name}") for name in raw]
+            path = joins.ali_ccp(*halves, folder / part)
+        if path is not None:
+            tables[part] = open_table(path)
     tables["train"].expect(("click", "purchase"))
-    inputs = [name for name in columns if name not in ("click", "purchase") and not name.startswith("Unnamed")]
+    inputs = [name for name in tables["train"].columns if name not in ("click", "purchase")]
+    inputs = [name for name in inputs if not name.startswith("Unnamed")]
     features = {
         name: FeatureSpec(kind="dense") if name.startswith("D") else FeatureSpec(min_count=10) for name in inputs
     }
     labels = {"click": LabelSpec(), "purchase": LabelSpec(given="click")}
-    user = "101" if "101" in inputs else None
-    return Log(None, Schema(features, labels, user=user, item="205" if "205" in inputs else None), files=tables)
+    user, item = ("101" if "101" in inputs else None), ("205" if "205" in inputs else None)
+    return Log(None, Schema(features, labels, user=user, item=item), files=tables)
 
 
-_ALI_CCP = {name: (name, f"ali_ccp_{name}") for name in ("train", "val", "test")}
+def _prepared(folder: Path, *stems: str) -> Path | None:
+    """A table by one of these names: a folder or a file."""
+    names = [stem + end for stem in stems for end in ("", ".parquet", ".csv", ".csv.gz")]
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _first(folder: Path, *names: str) -> Path | None:

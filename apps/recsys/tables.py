@@ -76,7 +76,8 @@ class Table(ABC):
 
 def expect(name: str, there: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise `UserError`, which says what columns there are, unless those wanted are."""
-    lacking = [column for column in wanted if column not in set(there)]
+    known = set(there)
+    lacking = [column for column in wanted if column not in known]
     if lacking:
         known = ", ".join(map(str, list(there)[:20])) or "none"
         more = ", ..." if len(there) > 20 else ""

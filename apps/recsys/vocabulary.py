@@ -188,11 +188,14 @@ class Vocabulary:
         return np.where(inside, array[np.where(inside, values - low, 0)], UNKNOWN)
 
     def _find_text(self, names: pa.Array) -> Int[np.ndarray, " n"]:
-        return np.maximum(self._index.get_indexer(names.to_numpy(zero_copy_only=False)) + FIRST, UNKNOWN)
+        wanted = pd.Index(names.to_numpy(zero_copy_only=False), dtype=object)
+        return np.maximum(self._index.get_indexer(wanted) + FIRST, UNKNOWN)
 
     @cached_property
     def _index(self) -> pd.Index:
-        return pd.Index(self.values if self.integer else self.values.to_numpy(zero_copy_only=False), copy=False)
+        if self.integer:
+            return pd.Index(self.values, copy=False)
+        return pd.Index(self.values.to_numpy(zero_copy_only=False), dtype=object)
 
     @cached_property
     def _array(self) -> tuple[int, Int[np.ndarray, " R"]] | None:

@@ -213,3 +213,50 @@ def test_ali_ccp_and_aliexpress(tmp_path):
     express = RecsysData(DataConfig(source="aliexpress-nl", root=str(tmp_path)), seed=0)
     assert (len(express.spec.sparse), len(express.spec.dense), len(express.parts["test"])) == (16, 63, 200)
     assert torch.isfinite(express.encoded("test").dense).all()
+
+
+def raw_features(**fields: int) -> str:
+    return "\x01".join(f"{name[1:]}\x02{value}\x031.0" for name, value in fields.items())
+
+
+def test_ali_ccp_as_published_is_joined_once(tmp_path):
+    folder = tmp_path / "ali-ccp"
+    folder.mkdir()
+    for part in ("train", "test"):
+        common = [f"key{i},3,{raw_features(_101=i, _109_14=5, _121=9)}" for i in range(10)]
+        rows = [f"{i},{i % 2},{int(i % 4 == 1)},key{i % 12},2,{raw_features(_205=i % 7, _301=1)}" for i in range(120)]
+        (folder / f"common_features_{part}.csv").write_text("\n".join(common))
+        (folder / f"sample_skeleton_{part}.csv").write_text("\n".join(rows))
+    source = load("ali-ccp", root=str(tmp_path), schema=None)
+    frame = source.parts["test"].frame()
+    assert frame["click"].tolist() == [i % 2 for i in range(120)]
+    assert frame["purchase"].sum() == 30
+    assert frame["205"].tolist() == [i % 7 for i in range(120)]
+    assert frame["101"].fillna(-1).tolist() == [i % 12 if i % 12 < 10 else -1 for i in range(120)]
+    assert frame["216"].isna().all()
+    for file in folder.glob("*.csv"):
+        file.unlink()
+    assert load("ali-ccp", root=str(tmp_path)).parts["test"].frame().equals(frame)
+
+
+def test_aliexpress_as_published_is_joined_once(tmp_path):
+    folder = tmp_path / "aliexpress-es"
+    folder.mkdir()
+    for part in ("train", "test"):
+        pages = pd.DataFrame(np.arange(20)[:, None] * 100 + np.arange(33))
+        items = pd.DataFrame(np.arange(60)[:, None] * 1000 + np.arange(49))
+        items[0], items[48] = pages[0].sample(60, replace=True, random_state=0).to_numpy(), np.arange(60) % 3
+        pages.iloc[1:].to_csv(folder / f"es_user_{part}.zip", index=False, header=False)
+        items.to_csv(folder / f"es_item_{part}.csv", index=False, header=False)
+    source = load("aliexpress-es", root=str(tmp_path))
+    frame = source.parts["test"].frame()
+    known = items[items[0] != 0].reset_index(drop=True)
+    assert frame["search_id"].tolist() == known[0].tolist()
+    assert frame["categorical_1"].tolist() == (known[0] + 1).tolist()
+    assert frame["categorical_10"].tolist() == known[18].tolist()
+    assert frame["numerical_1"].tolist() == (known[0] + 8).tolist()
+    assert frame["numerical_24"].tolist() == known[1].tolist()
+    assert frame["click"].tolist() == (known[48] > 0).astype(int).tolist()
+    assert frame["conversion"].tolist() == (known[48] == 2).astype(int).tolist()
+    assert len(source.schema.named("sparse")) == 16
+    assert len(source.schema.named("dense")) == 63
