@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from apps.errors import UserError
 from apps.recsys import joins
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
-from apps.recsys.splits import Rule, by_borders
+from apps.recsys.splits import Rule, by_borders, by_rows
 from apps.recsys.tables import FrameTable, Table, open_table
 
 
@@ -26,8 +27,6 @@ class Log:
     """None: the settings name one."""
     rule: Rule | None = None
     """The split its literature uses."""
-    shares: tuple[float, float, float] | None = None
-    """Of a split at random, where the literature uses that."""
     files: dict[str, Table] = field(default_factory=dict)
     """Tables of the parts, where the log comes so."""
 
@@ -85,7 +84,7 @@ def census_income(folder: Path) -> Log:
     """Census-Income (KDD): income above 50,000 dollars, and never married (Ma et al. 2018, section 6.2).
 
     With both files of UCI, the first is for training, and halves of the second are for validation and testing, as Ma et
-    al. do. With the test file alone, its rows are split 70 : 10 : 20 at random.
+    al. do. With the test file alone, its rows are split 70 : 10 : 20 by numpy's permutation with seed 2022.
     """
     files = {name: _first(folder, f"census-income.{end}", f"census-income.{end}.gz") for name, end in _UCI.items()}
     if files["test"] is None:
@@ -95,10 +94,19 @@ def census_income(folder: Path) -> Log:
     schema = Schema(features, {"income": LabelSpec(), "marital": LabelSpec()})
     test = _census_frame(files["test"])
     if files["train"] is None:
-        return Log(FrameTable(test, str(folder)), schema, shares=(0.7, 0.1, 0.2))
+        return Log(FrameTable(test, str(folder)), schema, by_rows(_permuted(len(test), (0.7, 0.1, 0.2))))
     half = np.random.default_rng(2022).random(len(test)) < 0.5
     parts = {"train": _census_frame(files["train"]), "val": test[half], "test": test[~half]}
     return Log(None, schema, files={name: FrameTable(frame, str(folder)) for name, frame in parts.items()})
+
+
+def _permuted(count: int, shares: Sequence[float]) -> Int[np.ndarray, " N"]:
+    """The part of each row."""
+    parts = np.empty(count, int)
+    order = np.random.RandomState(2022).permutation(count)
+    for i, rows in enumerate(np.split(order, (np.cumsum(shares)[:-1] * count).astype(int))):
+        parts[rows] = i
+    return parts
 
 
 _UCI = {"train": "data", "test": "test"}

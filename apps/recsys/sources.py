@@ -89,10 +89,9 @@ def _cut(table: Table, schema: Schema, log: published.Log, config: DataConfig) -
     how = config.split
     if how == "auto" and log.rule is not None:
         return check({name: Rows(table, log.rule, i) for i, name in enumerate(NAMES)}, how)
-    shares = config.shares if how != "auto" or log.shares is None else log.shares
     if how == "auto":
-        how = "random" if schema.time is None or log.shares is not None else "time"
-    return split(table, how, shares, config.split_seed, schema.time, schema.user)
+        how = "random" if schema.time is None else "time"
+    return split(table, how, config.shares, config.split_seed, schema.time, schema.user)
 
 
 def _by_files(tables: dict[str, Table], schema: Schema, config: DataConfig) -> dict[str, Rows]:

@@ -117,6 +117,11 @@ def by_borders(column: str, borders: Sequence[float | str]) -> Rule:
     return Rule((column,), part)
 
 
+def by_rows(parts: Int[np.ndarray, " N"]) -> Rule:
+    """A rule that lists the part of each row of a table of one frame."""
+    return Rule((), lambda frame, file: parts[frame.index.to_numpy()])
+
+
 def check(parts: dict[str, Rows], how: str) -> dict[str, Rows]:
     """The parts, once it is clear that none is empty."""
     for name, rows in parts.items():
