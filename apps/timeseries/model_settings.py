@@ -40,6 +40,8 @@ class TimeMoEConfig:
     """Base of the rotary angles."""
     aux_loss: float = 0.02
     """Coefficient of the balance loss over all layers together."""
+    huber_delta: float = 2.0
+    """Error, in deviations of the context, from which the loss grows linearly; small: a median rather than a mean."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     normalize: Normalize = "instance"
@@ -56,6 +58,7 @@ class TimeMoEConfig:
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.num_experts >= 0, "num_experts", self.num_experts, "must not be negative; 0 for plain FFNs")
+        require(self.huber_delta > 0, "huber_delta", self.huber_delta, "must be positive")
         require(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, f"must be a multiple of {heads} heads")
         require(self.hidden_size // heads % 2 == 0, "num_heads", heads, "must leave an even width per head")
         require(kv is None or (kv >= 1 and heads % kv == 0), "num_kv_heads", kv, f"must divide num_heads={heads}")

@@ -205,7 +205,7 @@ class TimeMoE(ForecastModel):
         return max((head for head in self.heads if head.out_features <= horizon), key=lambda head: head.out_features)
 
     def loss(self, windows: Windows) -> Float[Tensor, ""]:
-        """Huber loss (delta 2) of every head at every observed position, and the balance loss over all layers.
+        """Huber loss of every head at every observed position, and the balance loss over all layers.
 
         Normalised by what the context shows; packed series each by all of their points.
         """
@@ -220,7 +220,7 @@ class TimeMoE(ForecastModel):
             return self.norm.weight.sum() * 0  # nothing to predict
         with moecore.record(self) as recording:
             hidden = self.decode(sequence[:, :-1], None if segments is None else segments[:, :-1]).hidden
-        losses = horizon_losses(self.heads, hidden, sequence, segments)
+        losses = horizon_losses(self.heads, hidden, sequence, segments, self.config.huber_delta)
         loss = sum(losses) / len(losses)
         if not recording:
             return loss

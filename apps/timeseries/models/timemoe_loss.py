@@ -13,7 +13,7 @@ import moecore
 from apps.timeseries.models.base import filled, instance_scale, masked_mean, observed
 
 HUBER_DELTA = 2.0
-"""Where the loss turns from squares to absolute values."""
+"""Where the published loss turns from squares to absolute values."""
 
 
 def horizon_losses(
@@ -21,6 +21,7 @@ def horizon_losses(
     hidden: Float[Tensor, "B N D"],
     sequence: Float[Tensor, "B M"],
     segments: Int[Tensor, "B M"] | None = None,
+    delta: float = HUBER_DELTA,
 ) -> list[Float[Tensor, ""]]:
     """Mean Huber loss of each head: from positions that were observed, on targets that were.
 
@@ -29,6 +30,7 @@ def horizon_losses(
         hidden: of all points but the last, N = M - 1.
         sequence: NaN where missing.
         segments: which packed series each point is of; targets beyond its end count for nothing.
+        delta: where the loss turns from squares to absolute values.
     """
     labels, known = filled(sequence[:, 1:]), observed(sequence[:, 1:])
     losses = []
@@ -38,7 +40,7 @@ def horizon_losses(
         mask = targets(known, points) & observed(sequence[:, :-1])[..., None]
         if segments is not None:
             mask &= targets(segments[:, 1:], points) == segments[:, :-1, None]
-        losses.append(huber(predicted, targets(labels, points), mask))
+        losses.append(huber(predicted, targets(labels, points), mask, delta))
     return losses
 
 
@@ -48,10 +50,13 @@ def targets(labels: Tensor, points: int) -> Tensor:
 
 
 def huber(
-    predicted: Float[Tensor, "B N p"], target: Float[Tensor, "B N p"], mask: Bool[Tensor, "B N p"] | None = None
+    predicted: Float[Tensor, "B N p"],
+    target: Float[Tensor, "B N p"],
+    mask: Bool[Tensor, "B N p"] | None = None,
+    delta: float = HUBER_DELTA,
 ) -> Float[Tensor, ""]:
     """Mean Huber loss; without a mask over everything, zeros past the end included, as the published code has it."""
-    losses = F.huber_loss(predicted, target, reduction="none", delta=HUBER_DELTA)
+    losses = F.huber_loss(predicted, target, reduction="none", delta=delta)
     return losses.mean() if mask is None else masked_mean(losses, mask)
 
 

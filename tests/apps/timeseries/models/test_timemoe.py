@@ -217,6 +217,17 @@ def test_loss_is_the_mean_over_heads_and_the_balance_of_observed_points():
     close(model.loss(padded), model.loss(Windows(past, future)))
 
 
+def test_the_loss_turns_linear_where_it_is_told_to():
+    windows = Windows(5 * torch.randn(2, 20), 5 * torch.randn(2, 8))
+    losses = []
+    for delta in (1e-3, 2e-3):
+        torch.manual_seed(0)
+        losses.append(sharp(TimeMoE(config(huber_delta=delta, aux_loss=0.0))).loss(windows).item())
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-2)  # delta |error| for errors far above delta
+    with pytest.raises(ConfigError, match="huber_delta=0: must be positive"):
+        config(huber_delta=0)
+
+
 def test_even_routing_has_a_balance_loss_of_top_k():
     model = TimeMoE(config(num_experts=8, top_k=3))
     for block in model.blocks:
