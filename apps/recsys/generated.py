@@ -95,7 +95,8 @@ def _world(users: int, items: int, rng: Rng) -> World:
     category = rng.integers(0, len(CATEGORIES), authors)[author]
     base = rng.normal(size=(len(CATEGORIES), 2, TASTES))[category] + rng.normal(size=(authors, 2, TASTES))[author]
     style = (base + 0.5 * rng.normal(size=base.shape)) / 1.5
-    taste = rng.normal(size=(users, 2, TASTES))
+    city = rng.choice(len(CITIES), users, p=_long_tail(len(CITIES), 1.0, rng))
+    taste = 0.8 * rng.normal(size=(len(CITIES), 2, TASTES))[city] + 0.6 * rng.normal(size=(users, 2, TASTES))
     taste[:, 1] = 0.6 * taste[:, 0] + 0.8 * taste[:, 1]  # tastes of the two groups are related
     activity, popularity = _long_tail(users, 0.7, rng), _long_tail(items, 0.9, rng)
     item_columns = pd.DataFrame(
@@ -110,11 +111,11 @@ def _world(users: int, items: int, rng: Rng) -> World:
         {
             "age": np.where(rng.random(users) < 0.1, np.nan, np.clip(rng.normal(33, 12, users), 14, 80).round()),
             "gender": np.array(["f", "m", None], object)[rng.choice(3, users, p=(0.47, 0.47, 0.06))],
-            "city": np.array(CITIES, object)[rng.choice(len(CITIES), users, p=_long_tail(len(CITIES), 1.0, rng))],
+            "city": np.array(CITIES, object)[city],
             "device": np.array(DEVICES, object)[rng.choice(3, users, p=(0.8, 0.12, 0.08))],
         }
     )
-    mood = rng.normal(size=(users, 4)) * (0.5, 0.4, 0.6, 0.6)
+    mood = rng.normal(size=(users, 4)) * (0.4, 0.3, 0.4, 0.4)
     quality = rng.normal(size=(items, 4)) * (0.5, 0.5, 0.4, 0.3) + 0.3 * np.log(popularity * items + 0.1)[:, None]
     world = World(user_columns, item_columns, activity, popularity, taste, style, mood, quality)
     user_columns["history"] = _histories(world, rng)
