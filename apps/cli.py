@@ -68,10 +68,10 @@ class _Parser(ArgumentParser):
 def main(app: App, argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview(app))
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview(app), flush=True)
+            return 0
         _run(app, argv)
     except (UserError, ConfigError) as error:
         return _fail(str(error))
