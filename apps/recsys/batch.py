@@ -126,7 +126,8 @@ class TaskSpec:
     given: str | None
     weight: float
     prior: float
-    """Share of positives among the training rows inside the task."""
+    """Share of positives among the training rows inside the task; of a conditional task, those where its condition
+    holds. Never quite 0 or 1."""
 
 
 @dataclass(frozen=True)

@@ -84,15 +84,15 @@ class Lists:
 
 
 def read_lists(column: pd.Series, separator: str) -> Lists:
-    """A column of lists: lists or arrays, text with separators, or single values."""
+    """A column of lists: lists or arrays, text with separators (also as Python prints lists), or single values."""
     values = _arrow(column)
     if values is None:  # lists that Arrow cannot take: of several kinds
         parts = [one if isinstance(one, (list, tuple, np.ndarray)) else [one] for one in column]
         flat = pd.Series([value for part in parts for value in part], dtype=object)
         return Lists(read_ids(flat), np.array([len(part) for part in parts], int))
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = pc.split_pattern(values, separator)
-        return Lists(read_ids(pc.utf8_trim_whitespace(values.flatten())), _lengths(values))
+        values = pc.split_pattern(pc.utf8_trim(values, "[]() "), separator)
+        return Lists(read_ids(pc.utf8_trim(values.flatten(), " \t'\"")), _lengths(values))
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return Lists(read_ids(values.flatten()), _lengths(values))
     return Lists(read_ids(column), np.ones(len(column), int))

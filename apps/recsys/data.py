@@ -16,7 +16,7 @@ from apps.loading import ResumableLoader, as_is, limited
 from apps.recsys.batch import Batch, InputSpec
 from apps.recsys.data_settings import DataConfig
 from apps.recsys.generated import BAYES
-from apps.recsys.sources import load_source
+from apps.recsys.sources import Source, load_source
 from apps.recsys.streaming import Batches, Held, Keys, Streamed, hold
 from apps.recsys.tables import FrameTable
 from apps.recsys.transform import Transform
@@ -30,12 +30,15 @@ class RecsysData(LightningDataModule):
         config: source, split, sizes.
         seed: of the shuffling.
         transform: of a checkpoint; None: fitted on the training part when first needed.
+        source: a log that is read already (`apps.recsys.sources.from_frame`); None: by the settings.
     """
 
-    def __init__(self, config: DataConfig, seed: int, transform: Transform | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, seed: int, transform: Transform | None = None, source: Source | None = None
+    ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        source = load_source(config, None if transform is None else transform.schema)
+        source = source or load_source(config, None if transform is None else transform.schema)
         self.schema, self.parts = source.schema, source.parts
         """`parts`: raw rows of train, val and test."""
         if transform is not None:

@@ -83,8 +83,8 @@ def infer_schema(data: pd.DataFrame | Table | str | Path) -> Schema:
         data = open_table(data)
     name = "the table" if isinstance(data, pd.DataFrame) else data.name
     frame = data if isinstance(data, pd.DataFrame) else next(data.chunks(0, rows=LOOKED_AT))
-    frame = frame.iloc[:LOOKED_AT]
-    columns = [str(column) for column in frame.columns]
+    frame = frame.iloc[:LOOKED_AT].rename(columns=str)
+    columns = list(frame.columns)
     user, item, time = (_called(columns, names) for names in (USER_NAMES, ITEM_NAMES, TIME_NAMES))
     labels = _labels(frame, [column for column in columns if column not in (user, item, time)])
     if not labels:

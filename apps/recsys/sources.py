@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from apps.errors import UserError
 from apps.recsys import published
 from apps.recsys.data_settings import DataConfig
@@ -82,6 +84,24 @@ def load_source(config: DataConfig, schema: Schema | None = None) -> Source:
         table = _joined(held, config) if held else _held(log.table, config)
         parts = _cut(table, schema, log, config)
     return Source(schema, parts)
+
+
+def from_frame(frame: pd.DataFrame, config: DataConfig, schema: Schema | None = None) -> Source:
+    """A log in memory, split as the settings say.
+
+    Args:
+        frame: all rows.
+        config: split.
+        schema: what the columns mean; None: that of the settings, or guessed.
+
+    Raises:
+        UserError: the schema does not fit the frame.
+    """
+    table = FrameTable(frame)
+    if schema is None:
+        schema = read_schema(config.schema) if config.schema is not None else infer_schema(frame)
+    table.expect(schema.columns())
+    return Source(schema, _cut(table, schema, published.Log(table, schema), config))
 
 
 def _cut(table: Table, schema: Schema, log: published.Log, config: DataConfig) -> dict[str, Rows]:

@@ -10,6 +10,7 @@ import lzma
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,12 +77,15 @@ class Table(ABC):
 
 def expect(name: str, there: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise `UserError`, which says what columns there are, unless those wanted are."""
-    known = set(there)
+    known = Counter(there)
+    twice = next((column for column in wanted if known[column] > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: two columns are called {twice!r}; rename one")
     lacking = [column for column in wanted if column not in known]
     if lacking:
-        known = ", ".join(map(str, list(there)[:20])) or "none"
+        first = ", ".join(map(str, list(there)[:20])) or "none"
         more = ", ..." if len(there) > 20 else ""
-        raise UserError(f"{name}: no column {lacking[0]!r}; it has {known}{more}; mend the table or the schema")
+        raise UserError(f"{name}: no column {lacking[0]!r}; it has {first}{more}; mend the table or the schema")
 
 
 class FrameTable(Table):
@@ -89,12 +93,12 @@ class FrameTable(Table):
 
     def __init__(self, frames: pd.DataFrame | Sequence[pd.DataFrame], name: str = "the table") -> None:
         frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-        self.frames = [frame.reset_index(drop=True) for frame in frames]
+        self.frames = [frame.rename(columns=str).reset_index(drop=True) for frame in frames]
         units = [Unit(i, 0, len(frame)) for i, frame in enumerate(self.frames)]
         twice = self.frames[0].columns[self.frames[0].columns.duplicated()]
         if len(twice):
             raise UserError(f"{name}: two columns are called {twice[0]!r}; rename one")
-        super().__init__(name, [str(column) for column in self.frames[0].columns], units)
+        super().__init__(name, list(self.frames[0].columns), units)
 
     def chunks(self, unit: int, columns: Sequence[str] | None = None, rows: int = CHUNK) -> Iterator[pd.DataFrame]:
         """Slices of a frame."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 from jaxtyping import Bool, Int
 
+from apps.errors import UserError
 from apps.recsys.batch import MISSING, UNKNOWN
 
 FIRST = 2
@@ -126,6 +127,10 @@ def _from_objects(column: pd.Series) -> Ids:
             )
         )
         return read_ids(numbers)
+    if pa.types.is_nested(values.type):
+        raise UserError(
+            f"column {column.name!r}: holds lists or records; make it a sequence in the schema, or one value"
+        )
     return _from_text(values if _is_text(values.type) else values.cast(pa.string()))
 
 

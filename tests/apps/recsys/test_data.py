@@ -11,6 +11,7 @@ import torch
 from apps.errors import ConfigError
 from apps.recsys.data import RecsysData
 from apps.recsys.data_settings import DataConfig
+from apps.recsys.sources import from_frame
 from apps.recsys.transform import Transform
 from tests.apps.recsys.conftest import small_log, small_schema
 
@@ -108,6 +109,16 @@ def test_the_best_possible_is_known_of_the_generated_log(make):
     assert np.abs(chances.mean(0) - labels.mean(0)).max() < 0.06
     assert np.corrcoef(chances[:, 0], labels[:, 0])[0, 1] > 0.3
     assert make().bayes("test") is None
+
+
+def test_frames_in_memory_need_no_file():
+    log, config = small_log(), DataConfig(batch_size=32, split="user")
+    data = RecsysData(config, 0, source=from_frame(log.sample(frac=1, random_state=0), config, small_schema()))
+    assert sum(len(part) for part in data.parts.values()) == 400
+    assert len(rows(data)) == len(data.parts["train"]) // 32
+    guessed = from_frame(log.rename(columns={"click": 3, "user": "user_id"}), DataConfig(split="random"))
+    assert list(guessed.schema.labels) == ["buy"]
+    assert guessed.schema.features["3"].kind == "sparse"  # no name says that it is a label
 
 
 @pytest.mark.parametrize(

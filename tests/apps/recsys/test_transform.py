@@ -81,6 +81,8 @@ def test_files_give_what_frames_give(fitted, log, tmp_path):
     text = log.assign(seen=log["seen"].map(lambda values: ", ".join(map(str, values))))
     text.to_csv(tmp_path / "log.csv", index=False)
     assert equal(fitted.encode(pd.read_csv(tmp_path / "log.csv")), fitted.encode(log))
+    log.to_csv(tmp_path / "printed.csv", index=False)  # lists as Python prints them
+    assert equal(fitted.encode(pd.read_csv(tmp_path / "printed.csv")), fitted.encode(log))
     log.to_parquet(tmp_path / "log.parquet")
     assert equal(fitted.encode(pd.read_parquet(tmp_path / "log.parquet")), fitted.encode(log))
     shuffled = log.sample(frac=1, random_state=0)
@@ -141,6 +143,7 @@ def test_quantiles_of_more_rows_than_are_kept(monkeypatch):
         ({"price": np.nan}, "features.price: column 'price' has no value in the 400 training rows"),
         ({"city": None}, "features.city: column 'city' has no value in the 400 training rows"),
         ({"seen": None}, "features.seen: column 'seen' has no value"),
+        ({"city": [[1], [2], [], [3]]}, "column 'city': holds lists or records; make it a sequence in the schema"),
     ],
 )
 def test_what_cannot_be_trained_on(schema, log, change, words):
@@ -159,6 +162,11 @@ def test_columns_that_are_not_there(schema, fitted, log, column):
     if column != "when":
         with pytest.raises(UserError, match=f"^the table: no column '{column}'"):
             fitted.encode(log.drop(columns=column))
+
+
+def test_a_column_that_is_there_twice(fitted, log):
+    with pytest.raises(UserError, match=r"^the table: two columns are called 'user'; rename one$"):
+        fitted.encode(pd.concat([log, log[["user"]]], axis=1))
 
 
 def test_a_task_with_one_class_is_noted(schema, log):
