@@ -38,10 +38,12 @@ class DataConfig:
     """Width of embeddings where the schema says none; a table of few rows gets no more columns than rows."""
     streaming: Literal["auto", "always", "never"] = "auto"
     """Read rows while training instead of holding all of them in memory; auto: files above `memory_mb` together."""
-    memory_mb: int = 512
-    """streaming=auto: size of files, in megabytes, up to which they are held in memory."""
+    memory_mb: int = 200
+    """streaming=auto: size of files, in megabytes, up to which they are held in memory, where they take several times
+    as much."""
     buffer_rows: int = 131_072
-    """streaming: rows held, and shuffled, at a time."""
+    """streaming: rows held, and shuffled, at a time. Parquet with row groups smaller than that is shuffled best: groups
+    come in an order of their own in each epoch."""
     rows: int = 200_000
     """generated: rows of the log."""
     seed: int = 0
