@@ -1,0 +1,202 @@
+"""From encoded rows to what networks read: embeddings of ids, encodings of numbers, pooled sequences.
+
+B rows, S sparse features, N dense ones, K bins, d width of an embedding, D width of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apps.recsys.batch import MISSING, Batch, DenseInput, InputSpec, SequenceInput, TableSpec
+from apps.recsys.models.base import Behaviours, Fields, Slot
+from apps.recsys.models.encoders import make_pooling
+
+
+class Tables(nn.Module):
+    """Embedding tables; all of one width are one matrix, so that a batch is one lookup per width.
+
+    The row MISSING of a table is learned: a missing value is a value of its own.
+
+    Args:
+        tables: names, rows and widths.
+        std: of fresh rows.
+        sparse: gradients hold the touched rows only (for `apps.recsys.optimizers`).
+    """
+
+    def __init__(self, tables: Sequence[TableSpec], std: float = 0.05, sparse: bool = False) -> None:
+        super().__init__()
+        self.sparse = sparse
+        self.place: dict[str, tuple[int, int]] = {}
+        """Table -> its width and first row."""
+        rows: dict[int, int] = {}
+        for table in tables:
+            self.place[table.name] = (table.dim, rows.get(table.dim, 0))
+            rows[table.dim] = rows.get(table.dim, 0) + table.rows
+        self.weights = nn.ParameterDict(
+            {str(dim): nn.Parameter(torch.empty(count, dim).normal_(std=std)) for dim, count in rows.items()}
+        )
+
+    def look_up(self, dim: int, rows: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead d"]:
+        """Rows of the matrix of a width, their table's first row added already."""
+        return F.embedding(rows, self.weights[str(dim)], sparse=self.sparse)
+
+
+class SparseFeatures(nn.Module):
+    """Single ids, `[B, S]` -> `[B, sum of widths]`, ordered by width."""
+
+    def __init__(self, spec: InputSpec, tables: Tables) -> None:
+        super().__init__()
+        self.dims: list[int] = sorted({tables.place[one.table][0] for one in spec.sparse})
+        self.names: list[tuple[str, int]] = []
+        for dim in self.dims:
+            columns = [i for i, one in enumerate(spec.sparse) if tables.place[one.table][0] == dim]
+            starts = [tables.place[spec.sparse[i].table][1] for i in columns]
+            self.names += [(spec.sparse[i].name, dim) for i in columns]
+            every = len(columns) == len(spec.sparse)
+            self.register_buffer(f"columns_{dim}", None if every else torch.tensor(columns), persistent=False)
+            self.register_buffer(f"starts_{dim}", torch.tensor(starts), persistent=False)
+
+    def forward(self, ids: Int[Tensor, "B S"], tables: Tables) -> list[Float[Tensor, "B W"]]:
+        """Embeddings side by side, one tensor per width."""
+        parts = []
+        for dim in self.dims:
+            columns, starts = getattr(self, f"columns_{dim}"), getattr(self, f"starts_{dim}")
+            own = ids if columns is None else ids.index_select(1, columns)
+            parts.append(tables.look_up(dim, own + starts).flatten(1))
+        return parts
+
+
+class Numbers(nn.Module):
+    """Standardised numbers, after a logarithm where asked for; a missing one has a learned value."""
+
+    def __init__(self, inputs: Sequence[DenseInput]) -> None:
+        super().__init__()
+        self.names = [(one.name, 1) for one in inputs]
+        self.register_buffer("mean", torch.tensor([one.mean for one in inputs]))
+        self.register_buffer("std", torch.tensor([one.std or 1.0 for one in inputs]))
+        self.register_buffer("log", torch.tensor([one.encode == "log" for one in inputs]))
+        self.missing = nn.Parameter(torch.zeros(len(inputs)))
+
+    def forward(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """NaN where missing."""
+        seen = ~x.isnan()
+        x = x.nan_to_num()
+        x = torch.where(self.log, x.sign() * x.abs().log1p(), x)
+        return torch.where(seen, ((x - self.mean) / self.std).clamp(-10, 10), self.missing)
+
+
+class Piecewise(nn.Module):
+    """How much of each bin a number fills: 1 below it, 0 above, linear within (arXiv 2203.05556, equation 1)."""
+
+    def __init__(self, inputs: Sequence[DenseInput]) -> None:
+        super().__init__()
+        self.names = [(one.name, len(one.edges) - 1) for one in inputs]
+        edges = [torch.tensor(one.edges, dtype=torch.float64) for one in inputs]
+        self.register_buffer("low", torch.cat([e[:-1] for e in edges]).float())
+        self.register_buffer("width", torch.cat([e.diff() for e in edges]).float())
+        column = [i for i, (_, bins) in enumerate(self.names) for _ in range(bins)]
+        self.register_buffer("column", torch.tensor(column), persistent=False)
+        self.missing = nn.Parameter(torch.zeros(len(column)))
+
+    def forward(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B K"]:
+        """Of all numbers side by side."""
+        x = x.index_select(1, self.column)
+        filled = ((x.nan_to_num() - self.low) / self.width).clamp(0, 1)
+        return torch.where(x.isnan(), self.missing, filled)
+
+
+class Bins(nn.Module):
+    """An embedding of the bin that a number lies in, another of no number."""
+
+    def __init__(self, inputs: Sequence[DenseInput], std: float = 0.05) -> None:
+        super().__init__()
+        dims, most = {one.dim for one in inputs}, max(len(one.edges) for one in inputs)
+        dim = max(dims)
+        self.names = [(one.name, dim) for one in inputs]
+        edges = torch.full((len(inputs), most), float("inf"))
+        for i, one in enumerate(inputs):
+            edges[i, : len(one.edges)] = torch.tensor(one.edges)
+        self.register_buffer("edges", edges)
+        self.register_buffer("starts", torch.arange(len(inputs)) * (most + 2), persistent=False)
+        self.weight = nn.Parameter(torch.empty(len(inputs) * (most + 2), dim).normal_(std=std))
+
+    def forward(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:
+        """Of all numbers side by side."""
+        bins = (x[..., None] >= self.edges).sum(-1) + 1  # NaN is above nothing
+        return F.embedding(torch.where(x.isnan(), 0, bins) + self.starts, self.weight).flatten(1)
+
+
+KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "numbers": (Numbers, ("standard", "log")),
+    "piecewise": (Piecewise, ("piecewise",)),
+    "bins": (Bins, ("bins",)),
+}
+"""Module of dense features, and the encodings it is for."""
+
+
+class FeatureEncoder(nn.Module):
+    """All features of a batch, embedded.
+
+    Args:
+        spec: tables and inputs.
+        sparse_gradients: see `Tables`.
+
+    Attributes:
+        width: D.
+        slots: where each feature lies in `Fields.flat`.
+    """
+
+    def __init__(self, spec: InputSpec, sparse_gradients: bool = False) -> None:
+        super().__init__()
+        self.tables = Tables(spec.tables, sparse=sparse_gradients)
+        self.sparse = SparseFeatures(spec, self.tables)
+        self.dense = nn.ModuleDict()
+        for kind, (module, encodings) in KINDS.items():
+            columns = [i for i, one in enumerate(spec.dense) if one.encode in encodings]
+            if columns:
+                self.dense[kind] = module([spec.dense[i] for i in columns])
+                self.register_buffer(f"dense_{kind}", torch.tensor(columns), persistent=False)
+        self.sequences = spec.sequences
+        self.positions = {one.name: i for i, one in enumerate(spec.sparse)}
+        self.pooling = nn.ModuleDict(
+            {one.name: make_pooling(one.pooling, self.tables.place[one.table][0]) for one in spec.sequences}
+        )
+        pooled = [(one.name, self.tables.place[one.table][0]) for one in spec.sequences]
+        names = [*self.sparse.names, *(name for part in self.dense.values() for name in part.names), *pooled]
+        self.slots = _slots(names)
+        self.width = self.slots[-1].stop if self.slots else 0
+
+    def forward(self, batch: Batch) -> Fields:
+        """Embed a batch."""
+        parts = self.sparse(batch.sparse, self.tables)
+        for kind, module in self.dense.items():
+            parts.append(module(batch.dense.index_select(1, getattr(self, f"dense_{kind}"))))
+        behaviours = {}
+        for one in self.sequences:
+            values, mask, target = self._sequence(batch, one)
+            parts.append(self.pooling[one.name](values, mask, target))
+            if target is not None:
+                behaviours[one.name] = Behaviours(values, mask, target)
+        return Fields(torch.cat(parts, 1), behaviours)
+
+    def _sequence(self, batch: Batch, one: SequenceInput) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [B, L, d], mask [B, L] and the candidate [B, d]."""
+        rows = batch.sequences[one.name]
+        dim, start = self.tables.place[one.table]
+        target = None
+        if one.target is not None:
+            target = self.tables.look_up(dim, batch.sparse[:, self.positions[one.target]] + start)
+        return self.tables.look_up(dim, rows + start), rows != MISSING, target
+
+
+def _slots(names: Iterable[tuple[str, int]]) -> list[Slot]:
+    slots, start = [], 0
+    for name, width in names:
+        slots.append(Slot(name, start, start + width))
+        start += width
+    return slots
