@@ -16,7 +16,8 @@ from moecore.errors import require
 class ExpertStack(nn.Module):
     """E experts, MLPs of equal sizes: linear, normalisation if asked for, activation, dropout, layer by layer.
 
-    The first layer of all experts is one product `[B, D] x [D, E U]`, further ones are batched over experts.
+    The first layer of all experts is one product `[B, D] x [D, E U]`, further ones are batched over experts; so is the
+    first if each expert has an input of its own, `[B, E, D]`, as the towers of several tasks have.
 
     Args:
         num_experts: E.
@@ -26,6 +27,7 @@ class ExpertStack(nn.Module):
         norm: BatchNorm before the activation, over the batch, per expert and unit (HoME's experts, with silu).
         dropout: after each activation.
         bias: of the linear layers.
+        linear: the last layer is no more than that: without normalisation, activation and dropout.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ExpertStack(nn.Module):
         norm: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         require(num_experts >= 1, "num_experts", num_experts, "must be at least 1")
@@ -48,7 +51,9 @@ class ExpertStack(nn.Module):
             nn.Parameter(torch.empty(num_experts, out, into)) for into, out in zip(sizes, units, strict=False)
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out)) for out in units if bias)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(num_experts * out) for out in units if norm)
+        active = units[:-1] if linear else units
+        self.num_active = len(active)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(num_experts * out) for out in active if norm)
         self.activation = resolve_activation(activation)[1]
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
@@ -66,11 +71,13 @@ class ExpertStack(nn.Module):
             if len(self.biases):
                 nn.init.uniform_(self.biases[i], -bound, bound)
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E O"]:
-        """Outputs of all experts."""
+    def forward(self, x: Float[Tensor, "B D"] | Float[Tensor, "B E D"]) -> Float[Tensor, "B E O"]:
+        """Outputs of all experts, for one input or one each."""
         for i, weight in enumerate(self.weights):
             bias = self.biases[i] if len(self.biases) else None
-            x = self._first(x, weight, bias) if i == 0 else self._further(x, weight, bias)  # [B, E, U]
+            x = self._first(x, weight, bias) if x.dim() == 2 else self._further(x, weight, bias)  # [B, E, U]
+            if i >= self.num_active:
+                return x
             if len(self.norms):
                 x = self.norms[i](x.flatten(1)).view(x.shape)
             x = self.dropout(self.activation(x))

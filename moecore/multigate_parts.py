@@ -21,25 +21,32 @@ class FeatureGate(nn.Module):
         width: D.
         rank: r of each map.
         num_maps: L; 1 needs no mixture.
+        num_readers: N gates at once, each with maps of its own; None: one.
     """
 
-    def __init__(self, width: int, rank: int = 16, num_maps: int = 2) -> None:
+    def __init__(self, width: int, rank: int = 16, num_maps: int = 2, num_readers: int | None = None) -> None:
         super().__init__()
         require(rank >= 1, "rank", rank, "must be at least 1")
         require(num_maps >= 1, "num_maps", num_maps, "must be at least 1")
-        self.down = nn.Parameter(torch.empty(width, num_maps * rank).normal_(std=width**-0.5))
-        self.up = nn.Parameter(torch.empty(num_maps, rank, width).normal_(std=0.01))
-        self.mix = nn.Linear(width, num_maps, bias=False) if num_maps > 1 else None
+        require(num_readers is None or num_readers >= 1, "num_readers", num_readers, "must be at least 1, or None")
+        self.num_maps, self.num_readers = num_maps, num_readers
+        total = num_maps * (num_readers or 1)
+        self.down = nn.Parameter(torch.empty(width, total * rank).normal_(std=width**-0.5))
+        self.up = nn.Parameter(torch.empty(total, rank, width).normal_(std=0.01))
+        self.mix = nn.Linear(width, total, bias=False) if num_maps > 1 else None
 
-    def forward(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """[B, D] -> [B, D]."""
-        maps, rank, _ = self.up.shape
-        low = (v @ self.down).view(-1, maps, rank).transpose(0, 1)  # [L, B, r]
-        factors = 2 * torch.bmm(low, self.up).sigmoid()  # [L, B, D]
+    def forward(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B D"] | Float[Tensor, "B N D"]:
+        """[B, D] -> [B, D], or [B, N, D] for N readers."""
+        total, rank, width = self.up.shape
+        low = (v @ self.down).view(-1, total, rank).transpose(0, 1)  # [N L, B, r]
+        factors = torch.bmm(low, self.up).sigmoid().view(-1, self.num_maps, v.shape[0], width)  # [N, L, B, D]
         if self.mix is None:
-            return v * factors[0]
-        shares = self.mix(v).softmax(-1)  # [B, L]
-        return v * torch.einsum("bl,lbd->bd", shares, factors)
+            gated = 2 * v * factors[:, 0]
+        else:
+            shares = 2 * self.mix(v).view(v.shape[0], -1, self.num_maps).softmax(-1)  # [B, N, L]
+            shares = shares.permute(1, 2, 0)[..., None]  # [N, L, B, 1]
+            gated = v * sum(shares[:, i] * factors[:, i] for i in range(self.num_maps))
+        return gated[0] if self.num_readers is None else gated.transpose(0, 1)
 
 
 class SelfGate(nn.Module):

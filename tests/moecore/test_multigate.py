@@ -173,6 +173,37 @@ def test_feature_gate_is_near_the_identity_and_as_written(maps):
     torch.testing.assert_close(gate(v), v * sum(shares[:, i : i + 1] * f for i, f in enumerate(factors)))
 
 
+def test_feature_gates_of_several_readers_are_those_of_each():
+    both = FeatureGate(D, rank=2, num_maps=3, num_readers=2)
+    with torch.no_grad():
+        both.up.mul_(100)
+    v = torch.randn(B, D)
+    for reader, gated in enumerate(both(v).unbind(1)):
+        alone = FeatureGate(D, rank=2, num_maps=3)
+        with torch.no_grad():
+            alone.down.copy_(both.down[:, 6 * reader : 6 * reader + 6])
+            alone.up.copy_(both.up[3 * reader : 3 * reader + 3])
+            alone.mix.weight.copy_(both.mix.weight[3 * reader : 3 * reader + 3])
+        torch.testing.assert_close(gated, alone(v))
+    assert not torch.equal(both(v)[:, 0], both(v)[:, 1])
+
+
+@pytest.mark.parametrize("units", [(1,), (5, 1), (5, 3, 2)])
+def test_a_linear_end_and_inputs_of_their_own(units):
+    stack = ExpertStack(3, D, units, norm=True, linear=True).double().eval()
+    assert len(stack.norms) == len(units) - 1
+    x = torch.randn(B, 3, D, dtype=torch.float64)
+    y = stack(x)
+    assert (y < 0).any()
+    for e in range(3):
+        torch.testing.assert_close(y[:, e], stack(x[:, e])[:, e])
+    shared = hidden = torch.randn(B, D, dtype=torch.float64)
+    for i, weight in enumerate(stack.weights):
+        hidden = hidden @ weight[1].T + stack.biases[i][1]
+        hidden = (hidden / (1 + stack.norms[0].eps) ** 0.5).relu() if i < len(units) - 1 else hidden
+    torch.testing.assert_close(stack(shared)[:, 1], hidden)
+
+
 def test_self_gate_is_a_sigmoid_for_one_and_a_softmax_for_several():
     v, outputs = torch.randn(B, D), torch.randn(B, 2, OUT)
     one, two = SelfGate(D, 1), SelfGate(D, 2)
