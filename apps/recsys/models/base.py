@@ -38,7 +38,7 @@ class Fields:
     flat: Float[Tensor, "B D"]
     """All features side by side; sequences pooled."""
     behaviours: dict[str, Behaviours] = field(default_factory=dict)
-    """Sequences with a target, value by value, for models that use them so."""
+    """Sequences that the encoder was asked to hand on, value by value."""
 
 
 @dataclass(frozen=True)

@@ -145,14 +145,17 @@ class FeatureEncoder(nn.Module):
     Args:
         spec: tables and inputs.
         sparse_gradients: see `Tables`.
+        hand_on: sequences that `Fields.behaviours` holds value by value; of others only the values that are there are
+            computed.
 
     Attributes:
         width: D.
         slots: where each feature lies in `Fields.flat`.
     """
 
-    def __init__(self, spec: InputSpec, sparse_gradients: bool = False) -> None:
+    def __init__(self, spec: InputSpec, sparse_gradients: bool = False, hand_on: Sequence[str] = ()) -> None:
         super().__init__()
+        self.hands_on = frozenset(hand_on)
         self.tables = Tables(spec.tables, sparse=sparse_gradients)
         self.sparse = SparseFeatures(spec, self.tables)
         self.dense = nn.ModuleDict()
@@ -178,20 +181,23 @@ class FeatureEncoder(nn.Module):
             parts.append(module(batch.dense.index_select(1, getattr(self, f"dense_{kind}"))))
         behaviours = {}
         for one in self.sequences:
-            values, mask, target = self._sequence(batch, one)
-            parts.append(self.pooling[one.name](values, mask, target))
-            if target is not None:
+            pooling, rows = self.pooling[one.name], batch.sequences[one.name]
+            target = None if one.target is None else self._candidate(batch, one)
+            if one.name in self.hands_on or not hasattr(pooling, "packed") or torch.compiler.is_exporting():
+                values, mask = self._values(one, rows), rows != MISSING
+                parts.append(pooling(values, mask, target))
                 behaviours[one.name] = Behaviours(values, mask, target)
+            else:
+                row, place = (rows != MISSING).nonzero(as_tuple=True)
+                parts.append(pooling.packed(self._values(one, rows[row, place]), row, len(rows), target))
         return Fields(torch.cat(parts, 1), behaviours)
 
-    def _sequence(self, batch: Batch, one: SequenceInput) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values [B, L, d], mask [B, L] and the candidate [B, d]."""
-        rows = batch.sequences[one.name]
+    def _candidate(self, batch: Batch, one: SequenceInput) -> Float[Tensor, "B d"]:
+        return self._values(one, batch.sparse[:, self.positions[one.target]])
+
+    def _values(self, one: SequenceInput, rows: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead d"]:
         dim, start = self.tables.place[one.table]
-        target = None
-        if one.target is not None:
-            target = self.tables.look_up(dim, batch.sparse[:, self.positions[one.target]] + start)
-        return self.tables.look_up(dim, rows + start), rows != MISSING, target
+        return self.tables.look_up(dim, rows + start)
 
 
 def _slots(names: Iterable[tuple[str, int]]) -> list[Slot]:
