@@ -252,7 +252,8 @@ class MoAEConfig:
     """Weight of the other tasks in the loss, beside 1 of the main one; published: .1 to .3."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "public_experts", "private_experts", "squeeze_ratio")
+        _check_counts(self, "public_experts", "squeeze_ratio")
+        require(self.private_experts >= 0, "private_experts", self.private_experts, "must not be negative")
         _check_mlp(self.tower, 0.0, 1)
         require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "must not be negative")
 
