@@ -1,0 +1,168 @@
+"""How good scores are: by task, and by user. All vectorised over rows; what one class alone leaves undefined is NaN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Scores = Float[np.ndarray, " n"]
+Labels = Float[np.ndarray, " n"]
+Users = Int[np.ndarray, " n"]
+
+
+def auc(scores: Scores, labels: Labels) -> float:
+    """Chance that a positive row is scored above a negative one, ties counting half."""
+    positive = labels > 0.5
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    return float((_ranks(scores)[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def _ranks(scores: Scores, start: Bool[np.ndarray, " n"] | None = None) -> Float[np.ndarray, " n"]:
+    """Rank of every score from 1 up, equal ones sharing their mean rank.
+
+    Args:
+        scores: sorted already, and `start` given: ranks begin anew wherever it is true; or in any order.
+        start: where a group begins.
+    """
+    if start is None:
+        order = np.argsort(scores, kind="stable")
+        ranks = np.empty(len(scores))
+        first = np.zeros(len(scores), bool)
+        first[:1] = True
+        ranks[order] = _ranks(scores[order], first)
+        return ranks
+    place = np.arange(len(scores))
+    group = np.maximum.accumulate(np.where(start, place, 0))  # where each row's group begins
+    fresh = start.copy()
+    fresh[1:] |= scores[1:] != scores[:-1]
+    tie = np.flatnonzero(fresh)
+    ends = np.append(tie[1:], len(scores))
+    mean = (tie + ends - 1) / 2  # of the places of equal scores
+    return np.repeat(mean, ends - tie) - group + 1
+
+
+@dataclass(frozen=True)
+class UserAUC:
+    """AUC within users who have rows of both classes."""
+
+    gauc: float
+    """Weighted by rows: GAUC (Zhu et al. 2017)."""
+    uauc: float
+    """Every user alike."""
+    users: int
+    """Users who count."""
+
+
+def user_auc(scores: Scores, labels: Labels, user: Users) -> UserAUC:
+    """AUC of each user, averaged; users with one class are left out."""
+    if not len(scores):
+        return UserAUC(math.nan, math.nan, 0)
+    order = np.lexsort((scores, user))
+    scores, positive, user = scores[order], labels[order] > 0.5, user[order]
+    start = np.ones(len(user), bool)
+    start[1:] = user[1:] != user[:-1]
+    first = np.flatnonzero(start)
+    ranks = np.add.reduceat(np.where(positive, _ranks(scores, start), 0.0), first)
+    rows = np.diff(np.append(first, len(user)))
+    ones = np.add.reduceat(positive.astype(np.int64), first)
+    both = (ones > 0) & (ones < rows)
+    if not both.any():
+        return UserAUC(math.nan, math.nan, 0)
+    ranks, rows, ones = ranks[both], rows[both], ones[both]
+    values = (ranks - ones * (ones + 1) / 2) / (ones * (rows - ones))
+    return UserAUC(float((values * rows).sum() / rows.sum()), float(values.mean()), int(both.sum()))
+
+
+def log_loss(probabilities: Scores, labels: Labels) -> float:
+    """Mean negative log-likelihood in nats."""
+    if not len(labels):
+        return math.nan
+    p = np.clip(probabilities.astype(np.float64), 1e-15, 1 - 1e-15)
+    return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted against observed rates, in bins of equally many rows."""
+
+    predicted: Float[np.ndarray, " bins"]
+    observed: Float[np.ndarray, " bins"]
+    rows: Int[np.ndarray, " bins"]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean distance of the two, weighted by rows."""
+        if not self.rows.sum():
+            return math.nan
+        return float((np.abs(self.predicted - self.observed) * self.rows).sum() / self.rows.sum())
+
+
+def calibration(probabilities: Scores, labels: Labels, bins: int = 20) -> Calibration:
+    """The calibration curve; equal predictions stay in one bin where bins would be empty otherwise."""
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return Calibration(
+        np.array([probabilities[part].mean() for part in parts]),
+        np.array([labels[part].mean() for part in parts]),
+        np.array([len(part) for part in parts], np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class ListQuality:
+    """How well the first k of each user's list are chosen, over users with a positive row."""
+
+    ndcg: float
+    """1 when all positives come first."""
+    hit_rate: float
+    """Share of users with a positive among the first k."""
+    users: int
+
+
+def list_quality(scores: Scores, labels: Labels, user: Users, k: int = 10) -> ListQuality:
+    """NDCG@k and HR@k of the rows of every user ranked by score; equal scores in the order of the rows."""
+    order = np.lexsort((-scores, user))
+    positive, user = (labels[order] > 0.5), user[order]
+    if not positive.any():
+        return ListQuality(math.nan, math.nan, 0)
+    start = np.ones(len(user), bool)
+    start[1:] = user[1:] != user[:-1]
+    first = np.flatnonzero(start)
+    place = np.arange(len(user)) - np.repeat(first, np.diff(np.append(first, len(user))))
+    gain = np.where(positive & (place < k), 1 / np.log2(place + 2), 0.0)
+    ones = np.add.reduceat(positive.astype(np.int64), first)
+    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])[np.minimum(ones, k)]
+    counts = ones > 0
+    found = np.add.reduceat(gain, first)[counts]
+    return ListQuality(float((found / ideal[counts]).mean()), float((found > 0).mean()), int(counts.sum()))
+
+
+def task_metrics(probabilities: Scores, labels: Labels, user: Users | None = None, k: int = 10) -> dict[str, float]:
+    """All figures of one task over the rows inside it (label not NaN).
+
+    Args:
+        probabilities: of a positive.
+        labels: 0 or 1; NaN outside of the task.
+        user: whose rows; None: no figures by user.
+        k: length of lists.
+    """
+    inside = ~np.isnan(labels)
+    probabilities, labels = probabilities[inside], labels[inside]
+    figures = {
+        "rows": float(len(labels)),
+        "positive_rate": float(labels.mean()) if len(labels) else math.nan,
+        "auc": auc(probabilities, labels),
+        "log_loss": log_loss(probabilities, labels),
+        "ece": calibration(probabilities, labels).ece if len(labels) else math.nan,
+    }
+    if user is not None:
+        by_user = user_auc(probabilities, labels, user[inside])
+        lists = list_quality(probabilities, labels, user[inside], k)
+        figures |= {"gauc": by_user.gauc, "uauc": by_user.uauc, "gauc_users": float(by_user.users)}
+        figures |= {f"ndcg_{k}": lists.ndcg, f"hit_rate_{k}": lists.hit_rate}
+    return figures
