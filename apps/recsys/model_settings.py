@@ -236,8 +236,8 @@ class MoAEConfig:
     experts: MLPConfig = field(default_factory=lambda: MLPConfig(units=(256,)))
     """Of each expert."""
     squeeze: Literal["none", "fields", "dims"] = "fields"
-    """Weights on the features that an expert reads (squeeze and excitation): none, one per feature, or one per dimension
-    of all features as published, which needs features of one width."""
+    """Weights on the features that an expert reads (squeeze and excitation): none, one per feature, or one per
+    dimension of all features as published, which needs features of one width."""
     squeeze_ratio: int = 4
     """Hidden units of squeeze and excitation are this many times fewer."""
     input_norm: bool = False
