@@ -156,7 +156,9 @@ def gradient_cosines(losses: Float[Tensor, " T"], parameters: Sequence[nn.Parame
 
 
 def _task_gradients(losses: Tensor, parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, ...]]:
-    return [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    """Of each task on each parameter; None where it has none, which a stack of losses gives as zeros."""
+    every = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    return [tuple(None if grad is None or not bool(grad.any()) else grad for grad in task) for task in every]
 
 
 def _shared(grads: Sequence[Sequence[Tensor | None]]) -> list[int]:
