@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from moecore.balance import entropy
 from moecore.layer import MoE
 from moecore.multigate import GateRecord, MultiGate
+from moecore.multigate_sparse import SparseMultiGate
 from moecore.routing import Routing
+
+RECORDED = (MoE, MultiGate, SparseMultiGate)
+"""Layers that `record` listens to."""
 
 
 class Recording(list[Routing]):
@@ -56,10 +60,10 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> loss = y.square().mean() + moecore.balance_loss(recording)
     """
     recording = Recording()
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (MoE, MultiGate))]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, RECORDED)]
     before = [module._recorder for _, module in layers]
     for (name, module), outer in zip(layers, before, strict=True):
-        kept = recording if isinstance(module, MoE) else recording.gates
+        kept = recording.gates if isinstance(module, MultiGate) else recording
         module._recorder = _recorder(kept, name, outer)
     try:
         yield recording
@@ -70,7 +74,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
 def _recorder(kept: list, name: str, outer: Callable[[Any], None] | None) -> Callable[[Any], None]:
     def keep(decision: Routing | GateRecord) -> None:
-        kept.append(replace(decision, name=name))
+        own = f"{name}.{decision.name}" if decision.name else name  # a layer of several gates names each
+        kept.append(replace(decision, name=own))
         if outer is not None:  # an enclosing `record` sees the layer too
             outer(decision)
 

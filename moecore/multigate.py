@@ -5,6 +5,7 @@ B rows, D width of the input, E experts of all groups, G gates, O width of an ex
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class MultiGate(nn.Module):
     ) -> None:
         super().__init__()
         choice("weight", weight, WEIGHTS)
-        _check(experts, gates)
+        check_level(experts, gates)
         self.experts = nn.ModuleDict(experts)
         self.sees = {name: tuple(groups) for name, groups in gates.items()}
         self.weight = weight
@@ -108,22 +109,33 @@ class MultiGate(nn.Module):
         """Mixtures by gate.
 
         Args:
-            x: what experts read, `[B, D]`, or one by group.
+            x: what experts read, `[B, D]` (or `[B, E, D]`, one for each), or one by group.
             gate_x: what gates read, `[B, D]`, or one by gate; None: the same as the experts.
         """
-        outputs = self.run_experts(x)
-        weights = self.run_gates(x if gate_x is None else gate_x)
-        mixed = torch.bmm(weights, outputs)  # [B, G, O]
+        return dict(zip(self.gates, self.mixtures(x, gate_x).unbind(1), strict=True))
+
+    def mixtures(self, x: Inputs, gate_x: Inputs | None = None) -> Float[Tensor, "B G O"]:
+        """As `forward`, side by side in the order of the gates."""
+        return self.mix(self.run_experts(x), self.run_gates(x if gate_x is None else gate_x))
+
+    def mix(self, outputs: Float[Tensor, "B E O"], weights: Float[Tensor, "B G E"]) -> Float[Tensor, "B G O"]:
+        """Mixtures of outputs that `run_experts` gave with weights that `run_gates` gave; this is what is recorded."""
         if self._recorder is not None:
             groups = tuple(name for name, stack in self.experts.items() for _ in range(stack.num_experts))
             record = GateRecord(weights, outputs, tuple(self.gates), self.expert_names, groups, self.visible)
             self._recorder(record)
-        return dict(zip(self.gates, mixed.unbind(1), strict=True))
+        return torch.bmm(weights, outputs)
 
     def run_experts(self, x: Inputs) -> Float[Tensor, "B E O"]:
         """Outputs of all experts, group by group."""
         parts = [stack(x if isinstance(x, Tensor) else x[name]) for name, stack in self.experts.items()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def columns_of(self, group: str) -> slice:
+        """Where the experts of a group are among all."""
+        counts = {name: stack.num_experts for name, stack in self.experts.items()}
+        start = sum(count for _, count in itertools.takewhile(lambda pair: pair[0] != group, counts.items()))
+        return slice(start, start + counts[group])
 
     def run_gates(self, x: Inputs) -> Float[Tensor, "B G E"]:
         """Weights of all gates, 0 for experts that a gate does not see."""
@@ -150,7 +162,8 @@ class MultiGate(nn.Module):
         return {**self.__dict__, "_recorder": None}
 
 
-def _check(experts: Mapping[str, ExpertStack], gates: Mapping[str, Sequence[str]]) -> None:
+def check_level(experts: Mapping[str, nn.Module], gates: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ConfigError` unless gates see groups that exist and all experts give the same width."""
     require(len(experts) > 0, "experts", list(experts), "give at least one group")
     require(len(gates) > 0, "gates", list(gates), "give at least one gate")
     widths = {name: stack.out_width for name, stack in experts.items()}
