@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,12 @@ def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int, default_lr
     ]
     lr = default_lr if optim.lr is None else optim.lr
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(optim.betas))
+    schedule = LambdaLR(optimizer, learning_rate_factor(optim, steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def learning_rate_factor(optim: OptimConfig, steps: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at every step: a line up, a cosine down."""
     warmup = optim.warmup * steps if optim.warmup < 1 else optim.warmup
 
     def factor(step: int) -> float:
@@ -142,7 +148,7 @@ def make_optimizer(module: nn.Module, optim: OptimConfig, steps: int, default_lr
         done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
         return optim.min_lr + (1 - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+    return factor
 
 
 def count_steps(trainer: Trainer, batches: int) -> int:

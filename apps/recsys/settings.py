@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from apps.recsys.data_settings import DataConfig
 from apps.recsys.model_settings import ModelConfig
-from apps.settings import OptimConfig, RunConfig, TrainerConfig
+from apps.recsys.train_settings import LossConfig, RankOptimConfig
+from apps.settings import RunConfig, TrainerConfig
 
 
 @dataclass
@@ -17,9 +18,11 @@ class RecsysConfig:
     """Model."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0, ema_decay=None))
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
+    optim: RankOptimConfig = field(default_factory=RankOptimConfig)
     """Optimiser."""
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=3))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=3, gradient_clip_val=None))
     """Training loop."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Folder, seed, threads."""
+    """Run folder and repeatability."""

@@ -5,7 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from apps.settings import OptimConfig
 from moecore.errors import require
+
+
+@dataclass
+class RankOptimConfig(OptimConfig):
+    """AdamW with warm-up and a cosine; large embedding tables row by row."""
+
+    weight_decay: float = 0.0
+    """On matrices only: not on biases, norms and embeddings."""
+    warmup: float = 0.05
+    """Share of all steps spent warming up (below 1), or a number of steps."""
+    ema_decay: float | None = None
+    """Average the weights with this decay; the average is what is evaluated and saved. null: off."""
+    tables: Literal["auto", "dense", "adagrad", "adam"] = "auto"
+    """How embedding tables learn. dense: as all else, every row at every step; adagrad: the touched rows only, a number
+    of state per row (tables of millions of rows); adam: likewise, with twice the table as state; auto: dense up to
+    dense_rows, then adagrad."""
+    dense_rows: int = 200_000
+    """tables=auto: rows of all tables together up to which they are dense."""
+    table_lr: float | None = None
+    """Peak learning rate of tables; null: lr, or 0.05 with adagrad."""
+    table_decay: float = 0.0
+    """Weight decay of dense tables."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.dense_rows >= 0, "dense_rows", self.dense_rows, "must not be negative")
+        require(self.table_lr is None or self.table_lr > 0, "table_lr", self.table_lr, "must be positive, or null")
+        require(self.table_decay >= 0, "table_decay", self.table_decay, "must not be negative")
 
 
 @dataclass

@@ -1,0 +1,111 @@
+"""AdamW for what is dense, and updates of the touched rows alone for large embedding tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from apps.recsys.train_settings import RankOptimConfig
+from apps.training import learning_rate_factor
+
+
+class RankAdamW(torch.optim.AdamW):
+    """AdamW whose parameters with sparse gradients are updated row by row, at a cost that no table's size changes.
+
+    A group's `rows` says how: "adagrad", a step `lr g / (sqrt(s) + eps)` with one sum s per row of the mean squares of
+    its gradients (row-wise Adagrad, state of one number per row); or "adam", with moments that move only when their row
+    is touched (lazy Adam, state of twice the table). Both take `lr` of their group, and no weight decay.
+
+    Args:
+        groups: as for `torch.optim.AdamW`; those of tables with `rows`.
+        betas: of AdamW and lazy Adam.
+        eps: likewise, and of Adagrad.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__([{"rows": None, **group} for group in groups], betas=betas, eps=eps, fused=_can_fuse(groups))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; gradients stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if _is_sparse(p)]
+        for _, table, _ in tables:
+            table.grad = None  # AdamW passes by what has none
+        super().step()
+        for group, table, grad in tables:
+            table.grad = grad
+            grad = grad.coalesce()
+            update = self._adam if group["rows"] == "adam" else self._adagrad
+            update(group, table, grad.indices()[0], grad.values())
+        return loss
+
+    def _adagrad(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
+        state = self.state[table]
+        if not state:
+            state["sum"] = torch.zeros(table.shape[0], dtype=table.dtype, device=table.device)
+        total = state["sum"].index_select(0, rows) + grad.square().mean(1)
+        state["sum"].index_copy_(0, rows, total)
+        table.index_add_(0, rows, grad / (total.sqrt() + group["eps"])[:, None], alpha=-group["lr"])
+
+    def _adam(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
+        state = self.state[table]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+        state["step"] += 1
+        (first, second), step = group["betas"], float(state["step"])
+        mean = torch.lerp(grad, state["exp_avg"].index_select(0, rows), first)
+        square = torch.lerp(grad.square(), state["exp_avg_sq"].index_select(0, rows), second)
+        state["exp_avg"].index_copy_(0, rows, mean)
+        state["exp_avg_sq"].index_copy_(0, rows, square)
+        size = (square / (1 - second**step)).sqrt() + group["eps"]
+        table.index_add_(0, rows, mean / size, alpha=-group["lr"] / (1 - first**step))
+
+
+def _can_fuse(groups: Sequence[dict[str, Any]]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
+
+
+def _is_sparse(parameter: Tensor) -> bool:
+    return parameter.grad is not None and parameter.grad.is_sparse
+
+
+def row_updates(config: RankOptimConfig, rows: int) -> bool:
+    """Whether tables of so many rows together get updates row by row."""
+    return config.tables != "dense" and (config.tables != "auto" or rows > config.dense_rows)
+
+
+def make_optimizer(module: nn.Module, config: RankOptimConfig, steps: int) -> dict[str, Any]:
+    """The optimiser and its schedule, as Lightning's `configure_optimizers` returns them.
+
+    Args:
+        module: whose embedding tables are in `encoder.tables`.
+        config: its settings.
+        steps: of the whole training.
+    """
+    lr = 2e-3 if config.lr is None else config.lr
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    tables = [p for name, p in named if ".tables." in name]
+    vectors = [p for name, p in named if ".tables." not in name and p.dim() < 2]
+    matrices = [p for name, p in named if ".tables." not in name and p.dim() >= 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr": lr},
+        {"params": vectors, "weight_decay": 0.0, "lr": lr},
+    ]
+    sparse = row_updates(config, sum(p.shape[0] for p in tables))
+    rule = "adagrad" if config.tables == "auto" else config.tables
+    table_lr = config.table_lr or (0.05 if sparse and rule == "adagrad" else lr)
+    groups.append(
+        {"params": tables, "weight_decay": config.table_decay, "lr": table_lr, "rows": rule if sparse else None}
+    )
+    optimizer = RankAdamW([group for group in groups if group["params"]], tuple(config.betas))
+    schedule = LambdaLR(optimizer, learning_rate_factor(config, steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
