@@ -32,4 +32,6 @@ def multiply_adds(network: nn.Module, spec: InputSpec) -> int:
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    beside = ("biases", "scales")  # of stacked experts: vectors, one per expert
+    named = module.named_parameters()
+    return sum(p.numel() for name, p in named if p.dim() > 1 and not any(part in beside for part in name.split(".")))
