@@ -37,15 +37,17 @@ class FeatureGate(nn.Module):
 
     def forward(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B D"] | Float[Tensor, "B N D"]:
         """[B, D] -> [B, D], or [B, N, D] for N readers."""
-        total, rank, width = self.up.shape
-        low = (v @ self.down).view(-1, total, rank).transpose(0, 1)  # [N L, B, r]
-        factors = torch.bmm(low, self.up).sigmoid().view(-1, self.num_maps, v.shape[0], width)  # [N, L, B, D]
-        if self.mix is None:
-            gated = 2 * v * factors[:, 0]
-        else:
-            shares = 2 * self.mix(v).view(v.shape[0], -1, self.num_maps).softmax(-1)  # [B, N, L]
-            shares = shares.permute(1, 2, 0)[..., None]  # [N, L, B, 1]
-            gated = v * sum(shares[:, i] * factors[:, i] for i in range(self.num_maps))
+        rank, width = self.up.shape[1:]
+        rows, maps = v.shape[0], self.num_maps
+        low = (v @ self.down).view(rows, -1, maps, rank).transpose(0, 1)  # [N, B, L, r]
+        up = self.up.view(-1, maps, rank, width)
+        shares = [2.0] * maps
+        if self.mix is not None:
+            mixed = 2 * self.mix(v).view(rows, -1, maps).softmax(-1)
+            shares = mixed.transpose(0, 1)[..., None].unbind(2)  # [N, B, 1] of each map
+        # Map by map: a slice of one large product would be filled with zeros in the backward pass.
+        factors = sum(torch.bmm(low[:, :, i], up[:, i]).sigmoid() * shares[i] for i in range(maps))  # [N, B, D]
+        gated = v * factors
         return gated[0] if self.num_readers is None else gated.transpose(0, 1)
 
 

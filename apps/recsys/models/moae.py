@@ -46,7 +46,7 @@ class Squeeze(nn.Module):
         else:
             place = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
         one_hot = nn.functional.one_hot(place).float()  # [D, S]
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("spread", one_hot.T.contiguous(), persistent=False)
         self.register_buffer("mean", one_hot / one_hot.sum(0), persistent=False)
         size = one_hot.shape[1]
         self.weights = ExpertStack(num_experts, size, (max(size // ratio, 1), size), bias=False, linear=True)
@@ -54,7 +54,7 @@ class Squeeze(nn.Module):
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E D"]:
         """[B, D] -> [B, E, D]."""
         factors = self.weights(x @ self.mean.to(x.dtype)).sigmoid()  # [B, E, S]
-        return x[:, None] * factors.index_select(2, self.place)
+        return x[:, None] * (factors @ self.spread.to(x.dtype))  # a product: its backward is faster than an index's
 
 
 class SqueezedStack(ExpertStack):
