@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moecore.errors import ConfigError, choice, require
-from moecore.multigate_experts import ExpertStack
+from moecore.multigate_experts import BatchNorm, ExpertStack
 
 Inputs = Tensor | Mapping[str, Tensor]
 """One input for all, or one by name of group or gate."""
@@ -86,7 +86,7 @@ class MultiGate(nn.Module):
         counts = {name: sum(experts[group].num_experts for group in groups) for name, groups in self.sees.items()}
         widths = {name: gate_width if isinstance(gate_width, int) else gate_width[name] for name in gates}
         self.gates = nn.ModuleDict({name: nn.Linear(widths[name], counts[name], bias) for name in gates})
-        self.norm = nn.BatchNorm1d(sum(counts.values())) if norm else None
+        self.norm = BatchNorm(sum(counts.values())) if norm else None
         columns, visible = _columns(self.sees, {name: stack.num_experts for name, stack in experts.items()})
         self.register_buffer("columns", columns, persistent=False)  # [G, E]
         self.register_buffer("visible", visible, persistent=False)  # [G, E]

@@ -13,6 +13,18 @@ from moecore.activations import resolve_activation
 from moecore.errors import require
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm that also trains on a single row, the rest of an epoch: by the running statistics, as it has none."""
+
+    def forward(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        """[B, C] -> [B, C]."""
+        if self.training and x.shape[0] == 1:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
 class ExpertStack(nn.Module):
     """E experts, MLPs of equal sizes: linear, normalisation if asked for, activation, dropout, layer by layer.
 
@@ -53,7 +65,7 @@ class ExpertStack(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out)) for out in units if bias)
         active = units[:-1] if linear else units
         self.num_active = len(active)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(num_experts * out) for out in active if norm)
+        self.norms = nn.ModuleList(BatchNorm(num_experts * out) for out in active if norm)
         self.activation = resolve_activation(activation)[1]
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()

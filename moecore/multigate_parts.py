@@ -38,12 +38,12 @@ class FeatureGate(nn.Module):
     def forward(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B D"] | Float[Tensor, "B N D"]:
         """[B, D] -> [B, D], or [B, N, D] for N readers."""
         rank, width = self.up.shape[1:]
-        rows, maps = v.shape[0], self.num_maps
-        low = (v @ self.down).view(rows, -1, maps, rank).transpose(0, 1)  # [N, B, L, r]
-        up = self.up.view(-1, maps, rank, width)
+        rows, maps, readers = v.shape[0], self.num_maps, self.num_readers or 1
+        low = (v @ self.down).view(rows, readers, maps, rank).transpose(0, 1)  # [N, B, L, r]
+        up = self.up.view(readers, maps, rank, width)
         shares = [2.0] * maps
         if self.mix is not None:
-            mixed = 2 * self.mix(v).view(rows, -1, maps).softmax(-1)
+            mixed = 2 * self.mix(v).view(rows, readers, maps).softmax(-1)
             shares = mixed.transpose(0, 1)[..., None].unbind(2)  # [N, B, 1] of each map
         # Map by map: a slice of one large product would be filled with zeros in the backward pass.
         factors = sum(torch.bmm(low[:, :, i], up[:, i]).sigmoid() * shares[i] for i in range(maps))  # [N, B, D]

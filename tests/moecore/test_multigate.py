@@ -161,6 +161,27 @@ def test_own_experts_are_those_that_no_other_gate_sees():
     assert (owner, part) == ("b", pytest.approx((1 / 3) / (1 / 3 + 1 / 4)))
 
 
+def test_a_single_row_trains_by_the_running_statistics():
+    experts = {name: ExpertStack(count, D, (5, OUT), norm=True) for name, count in (("shared", 3), ("a", 1))}
+    ours = MultiGate(experts, {"a": ["a", "shared"], "all": ["shared"]}, D, norm=True).double()
+    for _ in range(3):
+        ours(torch.randn(B, D, dtype=torch.float64))
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    x = torch.randn(1, D, dtype=torch.float64)
+    trained = ours.train().mixtures(x)
+    assert trained.shape == (1, 2, OUT)
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    torch.testing.assert_close(trained, ours.eval().mixtures(x))
+    trained.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("readers", [None, 3])
+def test_feature_gates_take_no_rows(readers):
+    shape = (0, D) if readers is None else (0, readers, D)
+    assert FeatureGate(D, rank=2, num_readers=readers)(torch.randn(0, D)).shape == shape
+
+
 @pytest.mark.parametrize("maps", [1, 3])
 def test_feature_gate_is_near_the_identity_and_as_written(maps):
     gate = FeatureGate(D, rank=2, num_maps=maps)
