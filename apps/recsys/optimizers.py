@@ -50,7 +50,9 @@ class RankAdamW(torch.optim.AdamW):
     def _adagrad(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
         state = self.state[table]
         if not state:
+            state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
             state["sum"] = torch.zeros(table.shape[0], dtype=table.dtype, device=table.device)
+        state["step"] += 1
         total = state["sum"].index_select(0, rows) + grad.square().mean(1)
         state["sum"].index_copy_(0, rows, total)
         table.index_add_(0, rows, grad / (total.sqrt() + group["eps"])[:, None], alpha=-group["lr"])

@@ -43,7 +43,10 @@ class Tables(nn.Module):
 
     def look_up(self, dim: int, rows: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead d"]:
         """Rows of the matrix of a width, their table's first row added already."""
-        return F.embedding(rows, self.weights[str(dim)], sparse=self.sparse)
+        weight = self.weights[str(dim)]
+        if self.sparse:
+            return F.embedding(rows, weight, sparse=True)
+        return weight.index_select(0, rows.flatten()).view(*rows.shape, dim)  # quicker backward than an embedding's
 
 
 class SparseFeatures(nn.Module):

@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from apps.cli import main
+from apps.recsys import APP
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
+from tests.apps.conftest import Result
+
+TINY = {
+    "data.rows": 2000,
+    "data.batch_size": 200,
+    "data.eval_batch_size": 1000,
+    "data.embed_dim": 4,
+    "model.tower.units": "[8]",
+    "model.mmoe.experts.units": "[8]",
+    "model.ple.experts.units": "[8]",
+    "model.home.experts.units": "[8]",
+    "trainer.accelerator": "cpu",
+    "trainer.max_epochs": 1,
+    "trainer.limit_train_batches": 4,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": "false",
+    "run.report": "false",
+}
+"""A second of training; what the tests rely on is written out, so that other defaults change nothing."""
+
+
+def run_app(*argv: object) -> Result:
+    """Run `python -m apps.recsys ARGV` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(APP, [str(arg) for arg in argv])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def rec() -> Callable[..., Result]:
+    """Runs a command line of the app in this process."""
+    return run_app
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., list[str]]:
+    """Flags of a run that takes a second; keyword arguments change them, `__` for dots."""
+
+    def make(root: Path, **changes: object) -> list[str]:
+        given = {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"--{name}={value}" for name, value in (TINY | {"run.root": root} | given).items()]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def home_run(rec, small, tmp_path_factory) -> Path:
+    """The folder of a run of HoME; tests only read it."""
+    root = tmp_path_factory.mktemp("home")
+    done = rec("train", *small(root, model__name="home", run__name="home"))
+    assert (done.code, done.err) == (0, "")
+    return root / "recsys" / "home"
 
 
 def small_log(rows: int = 400, seed: int = 0) -> pd.DataFrame:

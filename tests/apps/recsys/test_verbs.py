@@ -1,0 +1,113 @@
+"""The command line: training, evaluation, search, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.apps.recsys.conftest import small_log, small_schema
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A log of one's own as CSV, and its schema as YAML."""
+
+    def write(frame=None, **changes):
+        frame = small_log() if frame is None else frame
+        frame = frame.assign(seen=[",".join(map(str, one)) for one in frame["seen"]]) if "seen" in frame else frame
+        frame.to_csv(tmp_path / "log.csv", index=False)
+        (tmp_path / "schema.yaml").write_text(small_schema(**changes).yaml())
+        return {"data__source": tmp_path / "log.csv", "data__schema": tmp_path / "schema.yaml"}
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["shared_bottom", "single_task", "mmoe", "ple", "aw_moe", "moae"])
+def test_every_model_trains_and_is_tested_beside_baselines(rec, small, tmp_path, name):
+    done = rec(
+        "train", *small(tmp_path, model__name=name, run__name=name, data__rows=1000), "--json", tmp_path / "x.json"
+    )
+    assert (done.code, done.err) == (0, "")
+    figures = json.loads((tmp_path / "x.json").read_text())
+    for task in ("click", "long_view", "like"):
+        assert 0 <= figures[f"{task}/auc"] <= 1
+        for contender in ("popularity", "logistic regression", "gradient boosting", "best possible"):
+            assert f"{task}/{contender}/auc" in figures
+    assert figures["click/best possible/auc"] > max(figures["click/auc"], figures["click/gradient boosting/auc"])
+    assert "of the way from chance to the best possible" in done.out
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_after_training(rec, home_run, tmp_path):
+    done = rec("evaluate", "--ckpt_path", home_run, "--boosting", "false", "--json", tmp_path / "x.json")
+    assert (done.code, done.err) == (0, "")
+    ours, before = json.loads((tmp_path / "x.json").read_text()), json.loads((home_run / "test.json").read_text())
+    assert not any("boosting" in name for name in ours)
+    for name in ours.keys() - {"rows_per_second"}:
+        same = ours[name] is before[name] is None or ours[name] == pytest.approx(before[name], rel=1e-6)
+        assert same, name
+
+
+@pytest.mark.parametrize("balancing", ["uncertainty", "dwa", "gradnorm", "pcgrad"])
+def test_tasks_can_be_balanced(rec, small, tmp_path, balancing):
+    changes = {"loss__balancing": balancing, "data__rows": 1000, "optim__tables": "adagrad"}
+    done = rec("train", *small(tmp_path, model__name="ple", **changes))
+    assert (done.code, done.err) == (0, "")
+
+
+def test_a_log_of_ones_own_trains_streamed_too(rec, small, own, tmp_path):
+    for streaming in ("never", "always"):
+        changes = own() | {"data__streaming": streaming, "data__batch_size": 50, "run__name": streaming}
+        done = rec("train", *small(tmp_path, **changes))
+        assert (done.code, done.err) == (0, "")
+        assert "buy" in done.out
+
+
+def test_one_class_is_a_note_and_an_undefined_auc(rec, small, own, tmp_path):
+    frame = small_log()
+    frame["buy"] = 0
+    done = rec("train", *small(tmp_path, **own(frame), data__batch_size=50), "--json", tmp_path / "x.json")
+    assert (done.code, done.err) == (0, "")
+    assert "note: buy" in done.out
+    assert "undefined" in done.out
+    assert json.loads((tmp_path / "x.json").read_text())["buy/auc"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda frame: frame.assign(click=2), ("click", "2")),
+        (lambda frame: frame.drop(columns="price"), ("price",)),
+        (lambda frame: frame.assign(price=np.nan), ("price",)),
+        (lambda frame: frame.assign(price="cheap"), ("price", "cheap")),
+    ],
+)
+def test_logs_that_cannot_be_are_one_line_and_leave_no_run(rec, small, own, tmp_path, change, parts):
+    done = rec("train", *small(tmp_path, **own(change(small_log()))))
+    assert all(part in done.line for part in parts), done.line
+    assert not (tmp_path / "recsys").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--data.source=nowhere.csv"], "nowhere.csv"),
+        (["--model.mmoe.num_experts=0"], "num_experts=0"),
+        (["--model.name=home", "--model.home.top_k=0"], "top_k=0"),
+        (["--optim.tables=sparse"], "optim.tables=sparse"),
+        (["--loss.balancing=luck"], "loss.balancing=luck"),
+        (["--data.shares=[0.5,0.5]"], "data.shares"),
+    ],
+)
+def test_mistakes_in_settings_are_one_line(rec, small, tmp_path, argv, part):
+    assert part in rec("train", *small(tmp_path), *argv).line
+
+
+def test_search_maximises_the_mean_auc(rec, small, tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}))
+    flags = small(tmp_path, data__rows=1000)
+    done = rec("search", *flags, "--space", tmp_path / "space.yaml", "--num_trials=2", "--json", tmp_path / "b.json")
+    assert (done.code, done.err) == (0, "")
+    assert 0 < json.loads((tmp_path / "b.json").read_text())["best"]["value"] < 1
