@@ -22,6 +22,7 @@ import yaml
 import apps
 import moecore
 from apps.cli import main, make_parser
+from apps.recsys.schema import read_schema
 from apps.verbs import VERBS
 from moecore.config import MoEConfig
 
@@ -221,9 +222,12 @@ SETTINGS = [block for page in PAGES if page != ROUTING_GUIDE for block in blocks
 
 @pytest.mark.parametrize("block", SETTINGS, ids=[f"{name_of(block.page)}:{block.line}" for block in SETTINGS])
 def test_settings_files_shown_are_read(block, example_app, tmp_path):
-    """Search spaces and recipes; the routers of the guide are built above."""
+    """Search spaces, recipes and schemas of logs; the routers of the guide are built above."""
     file = tmp_path / "shown.yaml"
     file.write_text(block.body)
+    if block.page.stem == "recsys" and "features:" in block.body:
+        assert read_schema(file).labels
+        return
     app = "wine" if block.page == APP_GUIDE else "vision"
     if re.search(r"\{(choices|low):", block.body):
         assert importlib.import_module("apps.search").load_space(file, app)
