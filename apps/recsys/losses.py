@@ -20,16 +20,29 @@ def log_probabilities(logits: Float[Tensor, "B T"], tasks: Sequence[TaskSpec]) -
         logits: of conditional tasks given that their condition holds.
         tasks: in the order of the columns; conditions may follow on each other.
     """
-    own = F.logsigmoid(logits)
+    return torch.stack([log_p for log_p, _ in _chain(logits, tasks)], 1)
+
+
+def _chain(logits: Float[Tensor, "B T"], tasks: Sequence[TaskSpec]) -> list[tuple[Tensor, Tensor]]:
+    """Logs of the probability of a positive and of a negative, per task.
+
+    A conversion fails without the click, or with it: 1 - p q = (1 - p) + p (1 - q). As a sum of logs this is exact, and
+    has a gradient, where p q rounds to 1.
+    """
+    yes, no = F.logsigmoid(logits).unbind(1), F.logsigmoid(-logits).unbind(1)
     place = {task.name: i for i, task in enumerate(tasks)}
-    columns = []
-    for i, task in enumerate(tasks):
-        column, given = own[:, i], task.given
-        while given is not None:
-            column = column + own[:, place[given]]
-            given = tasks[place[given]].given
-        columns.append(column)
-    return torch.stack(columns, 1)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def both(i: int) -> tuple[Tensor, Tensor]:
+        if i not in found:
+            given = tasks[i].given
+            found[i] = (yes[i], no[i])
+            if given is not None:
+                holds, fails = both(place[given])
+                found[i] = (holds + yes[i], torch.logaddexp(fails, holds + no[i]))
+        return found[i]
+
+    return [both(i) for i in range(len(tasks))]
 
 
 def task_losses(
@@ -43,23 +56,33 @@ def task_losses(
         tasks: in the order of the columns.
         config: kind of loss.
     """
-    logits = logits.float()
-    log_p = log_probabilities(logits, tasks) if config.chain else F.logsigmoid(logits)
-    chained = torch.tensor([config.chain and task.given is not None for task in tasks], device=logits.device)
-    log_not = torch.where(chained, _log1mexp(log_p), F.logsigmoid(-logits))
-    inside = ~labels.isnan()
-    if not config.chain:
+    logits, inside = logits.float(), ~labels.isnan()
+    if config.chain:
+        log_p, log_not = (torch.stack(parts, 1) for parts in zip(*_chain(logits, tasks), strict=True))
+    else:
+        log_p, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
         inside = inside & _holds(labels, tasks)
     y = labels.nan_to_num()
     positive, negative = y * log_p, (1 - y) * log_not
     if config.focal_gamma:
-        positive = positive * (1 - log_p.exp()).pow(config.focal_gamma)
-        negative = negative * log_p.exp().pow(config.focal_gamma)
+        positive = positive * (config.focal_gamma * log_not).exp()
+        negative = negative * (config.focal_gamma * log_p).exp()
     if config.positive_weight == "balanced":
-        rates = torch.tensor([min(max(task.prior, 1e-4), 1 - 1e-4) for task in tasks], device=logits.device)
+        rates = torch.tensor(_rates(tasks, config.chain), device=logits.device)
         positive, negative = positive * 0.5 / rates, negative * 0.5 / (1 - rates)
     losses = torch.where(inside, -(positive + negative), 0.0)
     return losses.sum(0) / inside.sum(0).clamp(min=1)
+
+
+def _rates(tasks: Sequence[TaskSpec], chain: bool) -> list[float]:
+    """Share of positives among the rows that a task is trained on; priors of conditional tasks are conditional."""
+    rates, named = [], {task.name: task for task in tasks}
+    for task in tasks:
+        rate, given = task.prior, task.given
+        while chain and given is not None:
+            rate, given = rate * named[given].prior, named[given].given
+        rates.append(min(max(rate, 1e-4), 1 - 1e-4))
+    return rates
 
 
 def _holds(labels: Float[Tensor, "B T"], tasks: Sequence[TaskSpec]) -> Tensor:
@@ -67,10 +90,3 @@ def _holds(labels: Float[Tensor, "B T"], tasks: Sequence[TaskSpec]) -> Tensor:
     place = {task.name: i for i, task in enumerate(tasks)}
     true = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     return torch.stack([true if t.given is None else labels[:, place[t.given]] == 1 for t in tasks], 1)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0 without loss of digits (Maechler 2012)."""
-    x = x.clamp(max=-1e-6)
-    small = x > -0.6931
-    return torch.where(small, (-torch.expm1(torch.where(small, x, -1.0))).log(), (-x.exp()).log1p())

@@ -65,6 +65,18 @@ def test_extreme_logits_and_empty_tasks_stay_finite():
     assert logits.grad[1, 0] < 0
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_a_conversion_that_was_sure_and_failed_teaches_all_that_led_to_it(gamma):
+    logits = torch.tensor([[30.0, 30.0, 25.0]], requires_grad=True)
+    labels = torch.tensor([[NAN, NAN, 0.0]])
+    loss = task_losses(logits, labels, TASKS, LossConfig(focal_gamma=gamma))[2]
+    loss.backward()
+    exact = -math.log(-math.expm1(-2 * math.log1p(math.exp(-30)) - math.log1p(math.exp(-25))))
+    assert float(loss.detach()) == pytest.approx(exact, rel=1e-6)
+    shares = torch.tensor([math.exp(-30), math.exp(-30), math.exp(-25)])
+    torch.testing.assert_close(logits.grad[0], shares / shares.sum())  # of the chance that it fails there
+
+
 def test_balanced_classes_weigh_alike():
     tasks = (TaskSpec("rare", "all", None, 1.0, 0.25),)
     labels = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
@@ -72,6 +84,16 @@ def test_balanced_classes_weigh_alike():
     assert float(found) == pytest.approx(math.log(2))  # half from the one positive, half from the three negatives
     more = task_losses(torch.full((4, 1), -1.0), labels, tasks, LossConfig(positive_weight="balanced"))
     assert float(more) == pytest.approx((math.log1p(math.e) + math.log1p(math.exp(-1))) / 2)
+
+
+@pytest.mark.parametrize(("chain", "rate"), [(True, 0.3 * 0.1), (False, 0.1)])
+def test_balanced_conditional_tasks_know_over_which_rows_they_are_trained(chain, rate):
+    logits, labels = torch.zeros(1, 3), torch.tensor([[1.0, 1.0, NAN]])
+    plain, balanced = (
+        task_losses(logits, labels, TASKS, LossConfig(chain=chain, positive_weight=weight))[1]
+        for weight in ("none", "balanced")
+    )
+    assert float(balanced) == pytest.approx(float(plain) * 0.5 / rate)
 
 
 class Two(nn.Module):
