@@ -83,7 +83,7 @@ def logistic_regression(train: Batch, test: Batch, spec: InputSpec, passes: int 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = _Logistic(marginal)
-        size = 2048
+        size = max(64, min(2048, len(train) // 50))
         steps = passes * max(1, len(train) // size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
