@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apps.recsys.train_settings import LossConfig
@@ -61,7 +61,7 @@ class DWA(TaskBalance):
         """Of the present epoch: ones in the first two."""
         if int(self.epochs) < 2:
             return torch.ones_like(self.last)
-        pace = self.last / self.before.clamp(min=1e-12)
+        pace = torch.where(self.before > 0, self.last / self.before, 1.0)  # of a task without rows: as it was
         return len(pace) * (pace / self.temperature).softmax(0)
 
     def forward(self, losses: Float[Tensor, " T"]) -> Float[Tensor, ""]:
@@ -97,21 +97,23 @@ class GradNorm(TaskBalance):
         return (self.static * self.weights * losses).sum()
 
     def backward(self, losses: Float[Tensor, " T"], rest: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Gradients under the present weights, which then move."""
+        """Gradients under the present weights, which then move: those of tasks with a gradient on what is shared."""
         grads = _task_gradients(losses, parameters)
         shared = _shared(grads)
-        norms = torch.stack(
-            [torch.stack([task[i].norm() for i in shared if task[i] is not None]).norm() for task in grads]
-        )
+        norms = torch.stack([_norm([task[i] for i in shared], losses) for task in grads])
         super().backward(losses, rest, parameters)
-        with torch.no_grad():
-            self.first.copy_(torch.where(self.first == 0, losses, self.first))
-            ratio = losses / self.first.clamp(min=1e-12)
-            pace = ratio / ratio.mean().clamp(min=1e-12)
-            weighted = self.weights * norms
-            step = (weighted - weighted.mean() * pace**self.alpha).sign() * norms
-            moved = (self.weights - self.lr * step / norms.mean().clamp(min=1e-12)).clamp(min=1e-3)
-            self.weights.copy_(len(moved) * moved / moved.sum())
+        learns = norms > 0
+        if learns.sum() > 1:
+            self._move(losses.detach(), norms, learns)
+
+    def _move(self, losses: Float[Tensor, " T"], norms: Float[Tensor, " T"], learns: Bool[Tensor, " T"]) -> None:
+        self.first.copy_(torch.where(learns & (self.first == 0), losses, self.first))
+        ratio = losses / self.first.clamp(min=1e-12)
+        pace = ratio / ratio[learns].mean().clamp(min=1e-12)
+        weighted = self.weights * norms
+        step = (weighted - weighted[learns].mean() * pace**self.alpha).sign() * norms / norms[learns].mean()
+        moved = torch.where(learns, (self.weights - self.lr * step).clamp(min=1e-3), self.weights)
+        self.weights.copy_(len(moved) * moved / moved.sum())
 
 
 class PCGrad(TaskBalance):
@@ -121,14 +123,16 @@ class PCGrad(TaskBalance):
         """Add the projected gradients."""
         grads = _task_gradients(self.static * losses, parameters)
         shared = _shared(grads)
-        vectors = [torch.cat([_filled(task[i], parameters[i]).flatten() for i in shared]) for task in grads]
-        total = sum(projected(vectors)) if shared else None
+        joint: dict[int, Tensor] = {}
+        if shared:
+            vectors = [torch.cat([_filled(task[i], parameters[i]).flatten() for i in shared]) for task in grads]
+            pieces = sum(projected(vectors)).split([parameters[i].numel() for i in shared])
+            joint = dict(zip(shared, pieces, strict=True))
         if rest.requires_grad:
             rest.backward()
-        pieces = iter(total.split([parameters[i].numel() for i in shared])) if shared else iter(())
         for i, parameter in enumerate(parameters):
             own = [task[i] for task in grads if task[i] is not None]
-            grad = next(pieces).view_as(parameter) if i in shared else (own[0] if own else None)
+            grad = joint[i].view_as(parameter) if i in joint else (own[0] if own else None)
             if grad is not None:
                 parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad
 
@@ -150,6 +154,8 @@ def gradient_cosines(losses: Float[Tensor, " T"], parameters: Sequence[nn.Parame
     """Cosine of every two tasks' gradients on the parameters that they share: below 0 they conflict."""
     grads = _task_gradients(losses, parameters)
     shared = _shared(grads)
+    if not shared:
+        return torch.eye(len(grads), device=losses.device)
     vectors = torch.stack([torch.cat([_filled(task[i], parameters[i]).flatten() for i in shared]) for task in grads])
     vectors = nn.functional.normalize(vectors, dim=1)
     return vectors @ vectors.T
@@ -164,6 +170,12 @@ def _task_gradients(losses: Tensor, parameters: Sequence[nn.Parameter]) -> list[
 def _shared(grads: Sequence[Sequence[Tensor | None]]) -> list[int]:
     """Numbers of the parameters that more than one task has a gradient on."""
     return [i for i, column in enumerate(zip(*grads, strict=True)) if sum(grad is not None for grad in column) > 1]
+
+
+def _norm(grads: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, ""]:
+    """Of all gradients together; 0 without any."""
+    norms = [grad.norm() for grad in grads if grad is not None]
+    return torch.stack(norms).norm() if norms else like.new_zeros(())
 
 
 def _filled(grad: Tensor | None, parameter: Tensor) -> Tensor:

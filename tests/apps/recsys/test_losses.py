@@ -170,7 +170,36 @@ def test_pcgrad_projects_shared_parameters_only():
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in parameters[:2]]), expected)
 
 
-@pytest.mark.parametrize("name", ["static", "uncertainty", "dwa", "gradnorm", "pcgrad"])
+BALANCES = ["static", "uncertainty", "dwa", "gradnorm", "pcgrad"]
+
+
+@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("absent", ["rows", "sharing"])
+def test_tasks_without_rows_or_without_a_shared_parameter(name, absent):
+    torch.manual_seed(0)
+    model, balance, x = Two(), make_balance(LossConfig(balancing=name), [1.0, 1.0]), torch.randn(16, 3)
+    present = torch.tensor([1.0, 0.0 if absent == "rows" else 1.0])
+    for _ in range(3):
+        h = model.shared(x).tanh()
+        losses = model.losses(x) if absent == "rows" else torch.stack([model.a(h).mean(), model.b(x.new_ones(4)).sum()])
+        model.zero_grad()
+        balance.backward(losses * present, torch.zeros(()), list(model.parameters()))
+        balance.end_epoch()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.a.weight.grad.abs().sum() > 0
+    assert all(value.isfinite().all() for value in balance.state_dict().values())
+    if name in ("dwa", "gradnorm"):
+        weights = balance.weights() if name == "dwa" else balance.weights
+        torch.testing.assert_close(weights, torch.ones(2), rtol=0.2, atol=0)
+
+
+def test_cosines_without_a_shared_parameter():
+    first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+    losses = torch.stack([first(torch.ones(2)).sum(), second(torch.ones(2)).sum()])
+    torch.testing.assert_close(gradient_cosines(losses, [*first.parameters(), *second.parameters()]), torch.eye(2))
+
+
+@pytest.mark.parametrize("name", BALANCES)
 def test_every_balance_trains(name):
     torch.manual_seed(0)
     model, balance, x = Two(), make_balance(LossConfig(balancing=name), [1.0, 0.5]), torch.randn(64, 3)
