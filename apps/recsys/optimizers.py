@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from apps.recsys.models.features import Tables
 from apps.recsys.train_settings import RankOptimConfig
 from apps.training import learning_rate_factor
 
@@ -88,26 +89,34 @@ def row_updates(config: RankOptimConfig, rows: int) -> bool:
 def make_optimizer(module: nn.Module, config: RankOptimConfig, steps: int) -> dict[str, Any]:
     """The optimiser and its schedule, as Lightning's `configure_optimizers` returns them.
 
+    Tables that were made with sparse gradients get updates of rows, others AdamW.
+
     Args:
-        module: whose embedding tables are in `encoder.tables`.
+        module: the model, or what holds it.
         config: its settings.
         steps: of the whole training.
     """
     lr = 2e-3 if config.lr is None else config.lr
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    tables = [p for name, p in named if ".tables." in name]
-    vectors = [p for name, p in named if ".tables." not in name and p.dim() < 2]
-    matrices = [p for name, p in named if ".tables." not in name and p.dim() >= 2]
+    rule = "adam" if config.tables == "adam" else "adagrad"
+    row_lr = config.table_lr or (0.05 if rule == "adagrad" else lr)
+    by_row, whole = _tables(module)
+    ids = {id(p) for p in (*by_row, *whole)}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr": lr},
-        {"params": vectors, "weight_decay": 0.0, "lr": lr},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr": lr},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr": lr},
+        {"params": whole, "weight_decay": config.table_decay, "lr": config.table_lr or lr},
+        {"params": by_row, "weight_decay": 0.0, "lr": row_lr, "rows": rule},
     ]
-    sparse = row_updates(config, sum(p.shape[0] for p in tables))
-    rule = "adagrad" if config.tables == "auto" else config.tables
-    table_lr = config.table_lr or (0.05 if sparse and rule == "adagrad" else lr)
-    groups.append(
-        {"params": tables, "weight_decay": config.table_decay, "lr": table_lr, "rows": rule if sparse else None}
-    )
     optimizer = RankAdamW([group for group in groups if group["params"]], tuple(config.betas))
     schedule = LambdaLR(optimizer, learning_rate_factor(config, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _tables(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices of embedding tables: those with sparse gradients, and the others."""
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for tables in module.modules():
+        if isinstance(tables, Tables):
+            found[0 if tables.sparse else 1].extend(p for p in tables.parameters() if p.requires_grad)
+    return found

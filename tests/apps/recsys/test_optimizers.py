@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apps.recsys.batch import TableSpec
+from apps.recsys.models.features import Tables
 from apps.recsys.optimizers import RankAdamW, make_optimizer, row_updates
 from apps.recsys.train_settings import RankOptimConfig
 
@@ -112,15 +114,33 @@ def test_tables_are_dense_until_they_are_large():
     assert row_updates(RankOptimConfig(tables="adam"), 10)
 
 
-def test_groups_have_their_own_rates():
+@pytest.mark.parametrize(("sparse", "expected"), [(True, (0.05, 0.0, "adagrad")), (False, (0.01, 0.3, None))])
+def test_groups_have_their_own_rates(sparse, expected):
+    """Settings that ask for rows do not decide where gradients turned out dense (PCGrad needs them so)."""
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = nn.Module()
-            self.encoder.tables = nn.Module()
-            self.encoder.tables.weight = nn.Parameter(torch.zeros(5, 2))
+            self.tables = Tables([TableSpec("item", 5, 2)], sparse=sparse)
             self.linear = nn.Linear(2, 2)
 
-    made = make_optimizer(Model(), RankOptimConfig(lr=0.01, weight_decay=0.1, tables="adagrad", warmup=0), 10)
+    config = RankOptimConfig(lr=0.01, weight_decay=0.1, table_decay=0.3, tables="adagrad", warmup=0)
+    made = make_optimizer(Model(), config, 10)
     rates = [(g["lr"], g["weight_decay"], g["rows"]) for g in made["optimizer"].param_groups]
-    assert rates == [(0.01, 0.1, None), (0.01, 0.0, None), (0.05, 0.0, "adagrad")]
+    assert rates == [(0.01, 0.1, None), (0.01, 0.0, None), expected]
+
+
+def test_a_schedule_drives_tables_and_gradients_are_clipped():
+    tables = Tables([TableSpec("item", 5, 2)], sparse=True)
+    made = make_optimizer(tables, RankOptimConfig(tables="adagrad", warmup=2), 4)
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(4):
+        tables.look_up(2, torch.tensor([1, 2, 2])).sum().mul(30).backward()
+        norm = nn.utils.clip_grad_norm_(tables.parameters(), 1.0)
+        assert float(norm) == pytest.approx(30 * (2 * 1 + 2 * 4) ** 0.5)  # row 2 counts as the sum of its two
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert rates == pytest.approx([0.05 / 3, 0.1 / 3, 0.05, 0.025])
