@@ -1,4 +1,7 @@
-"""How good scores are: by task, and by user. All vectorised over rows; what one class alone leaves undefined is NaN."""
+"""How good scores are: by task, and by user. All vectorised over rows.
+
+What is undefined is NaN: what needs two classes where there is one, and everything where a score is NaN.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 Scores = Float[np.ndarray, " n"]
 Labels = Float[np.ndarray, " n"]
@@ -17,7 +20,7 @@ def auc(scores: Scores, labels: Labels) -> float:
     """Chance that a positive row is scored above a negative one, ties counting half."""
     positive = labels > 0.5
     count, others = int(positive.sum()), int((~positive).sum())
-    if not count or not others:
+    if not count or not others or np.isnan(scores).any():
         return math.nan
     return float((_ranks(scores)[positive].sum() - count * (count + 1) / 2) / (count * others))
 
@@ -32,18 +35,21 @@ def _ranks(scores: Scores, start: Bool[np.ndarray, " n"] | None = None) -> Float
     if start is None:
         order = np.argsort(scores, kind="stable")
         ranks = np.empty(len(scores))
-        first = np.zeros(len(scores), bool)
-        first[:1] = True
-        ranks[order] = _ranks(scores[order], first)
+        ranks[order] = _ranks(scores[order], np.arange(len(scores)) == 0)
         return ranks
     place = np.arange(len(scores))
     group = np.maximum.accumulate(np.where(start, place, 0))  # where each row's group begins
-    fresh = start.copy()
-    fresh[1:] |= scores[1:] != scores[:-1]
-    tie = np.flatnonzero(fresh)
+    tie = np.flatnonzero(start | _begins(scores))
     ends = np.append(tie[1:], len(scores))
     mean = (tie + ends - 1) / 2  # of the places of equal scores
     return np.repeat(mean, ends - tie) - group + 1
+
+
+def _begins(values: Num[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Where values differ from the one before."""
+    begins = np.ones(len(values), bool)
+    begins[1:] = values[1:] != values[:-1]
+    return begins
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,11 @@ class UserAUC:
 
 def user_auc(scores: Scores, labels: Labels, user: Users) -> UserAUC:
     """AUC of each user, averaged; users with one class are left out."""
-    if not len(scores):
+    if not len(scores) or np.isnan(scores).any():
         return UserAUC(math.nan, math.nan, 0)
     order = np.lexsort((scores, user))
     scores, positive, user = scores[order], labels[order] > 0.5, user[order]
-    start = np.ones(len(user), bool)
-    start[1:] = user[1:] != user[:-1]
+    start = _begins(user)
     first = np.flatnonzero(start)
     ranks = np.add.reduceat(np.where(positive, _ranks(scores, start), 0.0), first)
     rows = np.diff(np.append(first, len(user)))
@@ -103,14 +108,15 @@ class Calibration:
 
 
 def calibration(probabilities: Scores, labels: Labels, bins: int = 20) -> Calibration:
-    """The calibration curve; equal predictions stay in one bin where bins would be empty otherwise."""
+    """The calibration curve; equal predictions share a bin, so that there may be fewer bins."""
     order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    return Calibration(
-        np.array([probabilities[part].mean() for part in parts]),
-        np.array([labels[part].mean() for part in parts]),
-        np.array([len(part) for part in parts], np.int64),
-    )
+    p, y = probabilities[order].astype(np.float64), labels[order]
+    place = np.maximum.accumulate(np.where(_begins(p), np.arange(len(p)), 0))  # of the first that is equal
+    rank = place * bins // max(len(p), 1)
+    rows = np.bincount(rank, minlength=bins)
+    full = rows > 0
+    predicted, observed = (np.bincount(rank, values, bins)[full] / rows[full] for values in (p, y))
+    return Calibration(predicted, observed, rows[full])
 
 
 @dataclass(frozen=True)
@@ -125,21 +131,38 @@ class ListQuality:
 
 
 def list_quality(scores: Scores, labels: Labels, user: Users, k: int = 10) -> ListQuality:
-    """NDCG@k and HR@k of the rows of every user ranked by score; equal scores in the order of the rows."""
-    order = np.lexsort((-scores, user))
-    positive, user = (labels[order] > 0.5), user[order]
-    if not positive.any():
+    """NDCG@k and HR@k of the rows of every user ranked by score.
+
+    Equal scores count by what their orders give on average (McSherry & Najork 2008), so that the order of the log, or
+    one score for all, gains nothing.
+    """
+    if not (labels > 0.5).any() or np.isnan(scores).any():
         return ListQuality(math.nan, math.nan, 0)
-    start = np.ones(len(user), bool)
-    start[1:] = user[1:] != user[:-1]
-    first = np.flatnonzero(start)
-    place = np.arange(len(user)) - np.repeat(first, np.diff(np.append(first, len(user))))
-    gain = np.where(positive & (place < k), 1 / np.log2(place + 2), 0.0)
-    ones = np.add.reduceat(positive.astype(np.int64), first)
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])[np.minimum(ones, k)]
-    counts = ones > 0
-    found = np.add.reduceat(gain, first)[counts]
-    return ListQuality(float((found / ideal[counts]).mean()), float((found > 0).mean()), int(counts.sum()))
+    order = np.lexsort((-scores, user))
+    scores, positive, user = scores[order], labels[order] > 0.5, user[order]
+    start = _begins(user)
+    tie = np.flatnonzero(start | _begins(scores))
+    size, ones = np.diff(np.append(tie, len(user))), np.add.reduceat(positive.astype(np.int64), tie)
+    place = tie - np.maximum.accumulate(np.where(start[tie], tie, 0))  # of each tie in the list of its user
+    first = np.flatnonzero(start[tie])  # tie of each user
+    gains = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
+    gain = ones / size * (gains[np.minimum(place + size, k)] - gains[np.minimum(place, k)])
+    total = np.add.reduceat(ones, first)
+    counts = total > 0
+    found = np.add.reduceat(gain, first)[counts] / gains[np.minimum(total[counts], k)]
+    missed = np.multiply.reduceat(_missed(ones, size, np.clip(k - place, 0, size)), first)[counts]
+    return ListQuality(float(found.mean()), float(1 - missed.mean()), int(counts.sum()))
+
+
+def _missed(
+    ones: Int[np.ndarray, " n"], size: Int[np.ndarray, " n"], drawn: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Chance that so many rows, drawn from as many as there are without putting back, are none of the positive ones."""
+    chance = np.ones(len(ones))
+    for i in range(int(drawn.max())):
+        more = np.flatnonzero(drawn > i)
+        chance[more] *= np.maximum(size[more] - ones[more] - i, 0) / (size[more] - i)
+    return chance
 
 
 def task_metrics(probabilities: Scores, labels: Labels, user: Users | None = None, k: int = 10) -> dict[str, float]:
