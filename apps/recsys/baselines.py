@@ -59,14 +59,14 @@ class _Logistic(nn.Module):
         self.numbers = [i for slot in slots if slot.name in numbers for i in range(slot.start, slot.stop)]
         rest = [i for slot in slots if slot.name not in numbers for i in range(slot.start, slot.stop)]
         self.ids, self.tasks = rest, tasks
-        self.linear = nn.Linear(len(self.numbers), tasks)
-        nn.init.zeros_(self.linear.weight)
+        self.weight = nn.Parameter(torch.zeros(len(self.numbers), tasks))
+        self.bias = nn.Parameter(torch.zeros(tasks))
         for weight in self.encoder.tables.weights.values():
             nn.init.zeros_(weight)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         flat = self.encoder(batch).flat
-        return flat[:, self.ids].unflatten(1, (-1, self.tasks)).sum(1) + self.linear(flat[:, self.numbers])
+        return flat[:, self.ids].unflatten(1, (-1, self.tasks)).sum(1) + flat[:, self.numbers] @ self.weight + self.bias
 
 
 def logistic_regression(train: Batch, test: Batch, spec: InputSpec, passes: int = 3, seed: int = 0) -> Probabilities:
@@ -83,6 +83,9 @@ def logistic_regression(train: Batch, test: Batch, spec: InputSpec, passes: int 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = _Logistic(marginal)
+        with torch.no_grad():
+            rates = train.labels.nanmean(0).nan_to_num(0.5)
+            model.bias.copy_(rates.clamp(1e-4, 1 - 1e-4).logit())
         size = max(64, min(2048, len(train) // 50))
         steps = passes * max(1, len(train) // size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0, fused=True)
@@ -120,8 +123,12 @@ def gradient_boosting(train: Batch, test: Batch, spec: InputSpec, seed: int = 0)
         if len(np.unique(y)) < 2:
             scores[:, task] = y.mean() if len(y) else 0.5
             continue
-        model = HistGradientBoostingClassifier(random_state=seed).fit(x[inside], y)
-        scores[:, task] = model.predict_proba(wanted)[:, 1]
+        seen = ~np.isnan(x[inside]).all(0)  # scikit-learn fails at a column without a value
+        if not seen.any():
+            scores[:, task] = y.mean()
+            continue
+        model = HistGradientBoostingClassifier(random_state=seed).fit(x[inside][:, seen], y)
+        scores[:, task] = model.predict_proba(wanted[:, seen])[:, 1]
     return scores
 
 

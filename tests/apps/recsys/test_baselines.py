@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -65,6 +66,20 @@ def test_logistic_regression_takes_ids_and_numbers_and_leaves_the_random_state_a
 def test_gradient_boosting_takes_a_task_of_one_class():
     pytest.importorskip("sklearn")
     assert quality(gradient_boosting(TRAIN, TEST, SPEC)) > 0.87
+
+
+@pytest.mark.parametrize("fit", [popularity, logistic_regression, gradient_boosting])
+@pytest.mark.parametrize("kind", ["ids", "numbers", "nothing seen"])
+def test_baselines_take_logs_of_one_kind_of_feature(fit, kind):
+    if fit is gradient_boosting:
+        pytest.importorskip("sklearn")
+    ids, numbers = (SPEC.sparse, ()) if kind == "ids" else ((), SPEC.dense)
+    spec = dataclasses.replace(SPEC, sparse=ids, dense=numbers, sequences=())
+    dense = TRAIN.dense * float("nan") if kind == "nothing seen" else TRAIN.dense
+    given = Batch(TRAIN.sparse[:, : len(ids)], dense[:, : len(numbers)], labels=TRAIN.labels)[:500]
+    scores = fit(given, given[:40], spec)
+    assert scores.shape == (40, 2)
+    assert ((scores >= 0) & (scores <= 1)).all()
 
 
 def test_benchmark_measures_training_and_ranking(rec, small, tmp_path):
