@@ -29,6 +29,7 @@ class RankAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__([{"rows": None, **group} for group in groups], betas=betas, eps=eps, fused=_can_fuse(groups))
+        self._step_supports_amp_scaling = False  # rows need unscaled gradients too, and no step where one is infinite
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -130,7 +130,7 @@ class Bins(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:
         """Of all numbers side by side."""
-        bins = (x[..., None] >= self.edges).sum(-1) + 1  # NaN is above nothing
+        bins = (x.nan_to_num()[..., None] >= self.edges).sum(-1) + 1  # infinity lies below the edges that are not there
         return F.embedding(torch.where(x.isnan(), 0, bins) + self.starts, self.weight).flatten(1)
 
 

@@ -90,6 +90,25 @@ def test_state_goes_on_exactly(rule):
     assert torch.equal(table, other)
 
 
+@pytest.mark.parametrize("rule", ["adagrad", "adam"])
+def test_scaled_gradients_are_unscaled_and_infinite_ones_change_nothing(rule):
+    scaler, tables = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for scaled in (True, False):
+        table = nn.Parameter(torch.linspace(-1, 1, 18).view(6, 3))
+        optimizer = RankAdamW([{"params": [table], "rows": rule, "lr": 0.1, "weight_decay": 0.0}], eps=0.5)
+        for factor in (1.0, float("inf"), 2.0) if scaled else (1.0, 2.0):
+            loss = losses(table, IDS[0], True) * factor
+            optimizer.zero_grad()
+            (scaler.scale(loss) if scaled else loss).backward()
+            if scaled:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        tables.append(table.detach())
+    torch.testing.assert_close(*tables)
+
+
 def test_a_step_costs_the_same_for_a_large_table():
     def cost(rows: int) -> float:
         table = nn.Parameter(torch.zeros(rows, 16))

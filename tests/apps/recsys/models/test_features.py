@@ -65,6 +65,7 @@ def test_numbers_are_encoded_as_written():
     given.dense[:, 1] = torch.tensor([math.e - 1, -(math.e - 1), 0, NAN])
     given.dense[:, 2] = torch.tensor([-1.0, 2.0, 9.0, NAN])
     given.dense[:, 3] = torch.tensor([-0.5, 0.0, 5.0, NAN])
+    given.dense[:, 4] = torch.tensor([4.0, 5.0, math.inf, -math.inf])
     with torch.no_grad():
         encoder.dense["numbers"].missing.fill_(0.25)
         encoder.dense["piecewise"].missing.fill_(-1)
@@ -74,6 +75,7 @@ def test_numbers_are_encoded_as_written():
     assert part(encoder, flat, "price").tolist() == [[0, 0, 0], [1, 0.5, 0], [1, 1, 1], [-1, -1, -1]]
     table = encoder.dense["bins"].weight.view(2, 4, 2)
     torch.testing.assert_close(part(encoder, flat, "score"), table[0, [1, 2, 3, 0]])
+    torch.testing.assert_close(part(encoder, flat, "rank"), table[1, [1, 2, 2, 1]])
     assert flat.isfinite().all()
 
 
