@@ -33,7 +33,7 @@ def train(config: RecsysConfig, args: Train, source: str | None) -> None:
         print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
     training.fit(trainer, task, data, folder, config, resume)
     if trainer.is_global_zero:
-        _finish(args, folder, data)
+        _finish(config, args, folder, data)
 
 
 def run_name(config: RecsysConfig, source: str | None) -> str:
@@ -41,7 +41,7 @@ def run_name(config: RecsysConfig, source: str | None) -> str:
     return config.run.name or Path(source or config.data.source).stem
 
 
-def _finish(args: Train, folder: Path, data: RecsysData) -> None:
+def _finish(config: RecsysConfig, args: Train, folder: Path, data: RecsysData) -> None:
     checkpoints = folder / "checkpoints"
     path = next(file for file in (checkpoints / BEST, checkpoints / LAST) if file.is_file())
     trained = load_trained(path)
@@ -50,6 +50,10 @@ def _finish(args: Train, folder: Path, data: RecsysData) -> None:
     for target in (folder / "test.json", args.json):
         output.write_json(target, evaluation.scalars())
     _show("test", evaluation)
+    if config.run.report:
+        from apps.recsys.report import write_report
+
+        print(f"report: {write_report(trained, evaluation, data, folder / 'report.html')}")
 
 
 def _show(title: str, evaluation: Evaluation) -> None:
