@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from apps.figures import GREY, clean, expert_color
 from apps.recsys.metrics import Calibration
@@ -24,6 +25,9 @@ def calibration(curves: Mapping[str, Calibration]) -> Figure:
         axes.plot(curve.predicted[seen], curve.observed[seen], "o-", markersize=3, color=expert_color(i), label=name)
     axes.plot([least, 1], [least, 1], color=GREY, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="predicted rate", ylabel="observed rate")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers: formulas are off in all figures
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     clean(axes)
     return figure

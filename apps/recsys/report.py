@@ -136,7 +136,8 @@ def _conflicts(page: Page, trained: Trained, data: RecsysData) -> None:
 
 def _gates(page: Page, health: Health) -> None:
     for level, found in health.levels.items():
-        section = page.section(f"Experts and gates: {level or 'all'}")
+        words = [part for part in level.split(".") if part not in ("network", "trunk", "level")]
+        section = page.section(f"Experts and gates: {' '.join(words) or 'all'}")
         for sentence in findings(found) or ["Nothing stands out: no expert is dead, owned by one task, or starved."]:
             section.text(sentence)
         section.figure(
