@@ -1,4 +1,4 @@
-"""AdamW for what is dense, and updates of the touched rows alone for large embedding tables."""
+"""AdamW for networks; rules of their own for embedding tables, at the cost of the touched rows where these are few."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from apps.recsys.models.features import Tables
 from apps.recsys.train_settings import RankOptimConfig
 from apps.training import learning_rate_factor
+from moecore.errors import require
 
 
 class RankAdamW(torch.optim.AdamW):
-    """AdamW whose parameters with sparse gradients are updated row by row, at a cost that no table's size changes.
+    """AdamW, and rules for embedding tables; with sparse gradients at a cost that no table's size changes.
 
-    A group's `rows` says how: "adagrad", a step `lr g / (sqrt(s) + eps)` with one sum s per row of the mean squares of
-    its gradients (row-wise Adagrad, state of one number per row); or "adam", with moments that move only when their row
-    is touched (lazy Adam, state of twice the table). Both take `lr` of their group, and no weight decay.
+    A group's `rows` says which: "adagrad", a step `lr g / (sqrt(s) + eps)` with one sum s per row of the mean squares
+    of its gradients (row-wise Adagrad, state of one number per row), of sparse gradients or, to the same end, of dense
+    ones; or "adam", with moments that move only when their row is touched (lazy Adam, state of twice the table, sparse
+    gradients only). Both take `lr` of their group, and no weight decay.
 
     Args:
         groups: as for `torch.optim.AdamW`; those of tables with `rows`.
@@ -38,25 +41,50 @@ class RankAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tables = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if _is_sparse(p)]
+        ruled = [(group, p) for group in self.param_groups if group["rows"] for p in group["params"]]
+        tables = [(group, p, p.grad) for group, p in ruled if p.grad is not None]
         for _, table, _ in tables:
             table.grad = None  # AdamW passes by what has none
         super().step()
         for group, table, grad in tables:
             table.grad = grad
+            if not grad.is_sparse:
+                self._adagrad_whole(group, table, grad)
+                continue
             grad = grad.coalesce()
             update = self._adam if group["rows"] == "adam" else self._adagrad
             update(group, table, grad.indices()[0], grad.values())
         return loss
 
-    def _adagrad(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ConfigError: it is of other rules for tables.
+        """
+        own, stored = (
+            [group.get("rows") for group in groups] for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        names = " and ".join(sorted({str(rule or "AdamW") for rule in stored}))
+        require(own == stored, "optim.tables", own, f"the checkpoint was trained with {names}; go on as it was trained")
+        super().load_state_dict(state_dict)
+
+    def _sums(self, table: Tensor) -> Float[Tensor, " rows"]:
         state = self.state[table]
         if not state:
             state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
             state["sum"] = torch.zeros(table.shape[0], dtype=table.dtype, device=table.device)
         state["step"] += 1
-        total = state["sum"].index_select(0, rows) + grad.square().mean(1)
-        state["sum"].index_copy_(0, rows, total)
+        return state["sum"]
+
+    def _adagrad_whole(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
+        total = self._sums(table).add_(grad.square().mean(1))
+        table.addcdiv_(grad, (total.sqrt() + group["eps"])[:, None], value=-group["lr"])
+
+    def _adagrad(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
+        sums = self._sums(table)
+        total = sums.index_select(0, rows) + grad.square().mean(1)
+        sums.index_copy_(0, rows, total)
         table.index_add_(0, rows, grad / (total.sqrt() + group["eps"])[:, None], alpha=-group["lr"])
 
     def _adam(self, group: dict[str, Any], table: Tensor, rows: Tensor, grad: Tensor) -> None:
@@ -78,19 +106,15 @@ def _can_fuse(groups: Sequence[dict[str, Any]]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
 
 
-def _is_sparse(parameter: Tensor) -> bool:
-    return parameter.grad is not None and parameter.grad.is_sparse
-
-
 def row_updates(config: RankOptimConfig, rows: int) -> bool:
-    """Whether tables of so many rows together get updates row by row."""
-    return config.tables != "dense" and (config.tables != "auto" or rows > config.dense_rows)
+    """Whether tables of so many rows together get gradients of the touched rows alone."""
+    return config.tables == "adam" or (config.tables != "dense" and rows > config.dense_rows)
 
 
 def make_optimizer(module: nn.Module, config: RankOptimConfig, steps: int) -> dict[str, Any]:
     """The optimiser and its schedule, as Lightning's `configure_optimizers` returns them.
 
-    Tables that were made with sparse gradients get updates of rows, others AdamW.
+    Tables that were made with sparse gradients have a rule for rows, others AdamW unless the settings say adagrad.
 
     Args:
         module: the model, or what holds it.
@@ -98,20 +122,25 @@ def make_optimizer(module: nn.Module, config: RankOptimConfig, steps: int) -> di
         steps: of the whole training.
     """
     lr = 2e-3 if config.lr is None else config.lr
+    rates = {None: lr, "adam": lr, "adagrad": 0.05}
     rule = "adam" if config.tables == "adam" else "adagrad"
-    row_lr = config.table_lr or (0.05 if rule == "adagrad" else lr)
+    whole_rule = "adagrad" if config.tables == "adagrad" else None
     by_row, whole = _tables(module)
     ids = {id(p) for p in (*by_row, *whole)}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr": lr},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr": lr},
-        {"params": whole, "weight_decay": config.table_decay, "lr": config.table_lr or lr},
-        {"params": by_row, "weight_decay": 0.0, "lr": row_lr, "rows": rule},
+        _group(whole, whole_rule, config.table_lr or rates[whole_rule], config.table_decay),
+        _group(by_row, rule, config.table_lr or rates[rule], 0.0),
     ]
     optimizer = RankAdamW([group for group in groups if group["params"]], tuple(config.betas))
     schedule = LambdaLR(optimizer, learning_rate_factor(config, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _group(tables: list[nn.Parameter], rule: str | None, lr: float, decay: float) -> dict[str, Any]:
+    return {"params": tables, "weight_decay": 0.0 if rule else decay, "lr": lr, "rows": rule}
 
 
 def _tables(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -20,15 +20,16 @@ class RankOptimConfig(OptimConfig):
     ema_decay: float | None = None
     """Average the weights with this decay; the average is what is evaluated and saved. null: off."""
     tables: Literal["auto", "dense", "adagrad", "adam"] = "auto"
-    """How embedding tables learn. dense: as all else, every row at every step; adagrad: the touched rows only, a number
-    of state per row (tables of millions of rows); adam: likewise, with twice the table as state; auto: dense up to
-    dense_rows, then adagrad."""
+    """How embedding tables learn. dense: by AdamW as all else, every row at every step; adagrad: row-wise Adagrad, which
+    keeps one number per row and lets rare ids learn as fast as frequent ones: worth trying where ids are many; adam: the
+    touched rows only, with twice the table as state; auto: dense up to dense_rows, then adagrad."""
     dense_rows: int = 200_000
-    """tables=auto: rows of all tables together up to which they are dense."""
+    """tables=auto, adagrad: beyond so many rows of all tables together, gradients are of the touched rows only; up to
+    there, passing over all rows is quicker."""
     table_lr: float | None = None
     """Peak learning rate of tables; null: lr, or 0.05 with adagrad."""
     table_decay: float = 0.0
-    """Weight decay of dense tables."""
+    """Weight decay of tables that AdamW trains."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from apps.recsys.batch import TableSpec
 from apps.recsys.models.features import Tables
 from apps.recsys.optimizers import RankAdamW, make_optimizer, row_updates
 from apps.recsys.train_settings import RankOptimConfig
+from moecore.errors import ConfigError
 
 IDS = [torch.tensor([1, 3, 3, 5]), torch.tensor([3, 0]), torch.tensor([5, 5, 5])]
 
@@ -131,11 +132,46 @@ def test_tables_are_dense_until_they_are_large():
     assert row_updates(RankOptimConfig(), 300_000)
     assert not row_updates(RankOptimConfig(tables="dense"), 10**8)
     assert row_updates(RankOptimConfig(tables="adam"), 10)
+    assert not row_updates(RankOptimConfig(tables="adagrad"), 1000)
+    assert row_updates(RankOptimConfig(tables="adagrad"), 300_000)
 
 
-@pytest.mark.parametrize(("sparse", "expected"), [(True, (0.05, 0.0, "adagrad")), (False, (0.01, 0.3, None))])
-def test_groups_have_their_own_rates(sparse, expected):
-    """Settings that ask for rows do not decide where gradients turned out dense (PCGrad needs them so)."""
+def test_adagrad_is_the_same_for_dense_gradients():
+    tables = []
+    for sparse in (True, False):
+        table = nn.Parameter(torch.linspace(-1, 1, 18).view(6, 3))
+        optimizer = RankAdamW([{"params": [table], "rows": "adagrad", "lr": 0.1, "weight_decay": 0.5}])
+        for ids in IDS:
+            optimizer.zero_grad()
+            losses(table, ids, sparse).backward()
+            optimizer.step()
+        tables.append(table.detach())
+    torch.testing.assert_close(*tables)
+    assert torch.equal(tables[0][2], tables[1][2])  # a row that no id named stays as it was
+
+
+def test_the_state_of_another_rule_is_one_line():
+    made = {}
+    for rule in ("dense", "adagrad"):
+        tables = Tables([TableSpec("item", 5, 2)])
+        made[rule] = make_optimizer(tables, RankOptimConfig(tables=rule), 4)["optimizer"]
+    with pytest.raises(ConfigError, match=r"^optim\.tables=.*trained with AdamW; go on as it was trained$"):
+        made["adagrad"].load_state_dict(made["dense"].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rule", "sparse", "expected"),
+    [
+        ("auto", True, (0.05, 0.0, "adagrad")),
+        ("auto", False, (0.01, 0.3, None)),
+        ("adagrad", True, (0.05, 0.0, "adagrad")),
+        ("adagrad", False, (0.05, 0.0, "adagrad")),
+        ("adam", True, (0.01, 0.0, "adam")),
+        ("adam", False, (0.01, 0.3, None)),  # PCGrad needs dense gradients
+        ("dense", False, (0.01, 0.3, None)),
+    ],
+)
+def test_groups_have_their_own_rates(rule, sparse, expected):
 
     class Model(nn.Module):
         def __init__(self):
@@ -143,7 +179,7 @@ def test_groups_have_their_own_rates(sparse, expected):
             self.tables = Tables([TableSpec("item", 5, 2)], sparse=sparse)
             self.linear = nn.Linear(2, 2)
 
-    config = RankOptimConfig(lr=0.01, weight_decay=0.1, table_decay=0.3, tables="adagrad", warmup=0)
+    config = RankOptimConfig(lr=0.01, weight_decay=0.1, table_decay=0.3, tables=rule, warmup=0)
     made = make_optimizer(Model(), config, 10)
     rates = [(g["lr"], g["weight_decay"], g["rows"]) for g in made["optimizer"].param_groups]
     assert rates == [(0.01, 0.1, None), (0.01, 0.0, None), expected]
