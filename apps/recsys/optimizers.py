@@ -21,8 +21,8 @@ class RankAdamW(torch.optim.AdamW):
 
     A group's `rows` says which: "adagrad", a step `lr g / (sqrt(s) + eps)` with one sum s per row of the mean squares
     of its gradients (row-wise Adagrad, state of one number per row), of sparse gradients or, to the same end, of dense
-    ones; or "adam", with moments that move only when their row is touched (lazy Adam, state of twice the table, sparse
-    gradients only). Both take `lr` of their group, and no weight decay.
+    ones; or "adam", with moments that move only when their row is touched (lazy Adam, state of twice the table; AdamW
+    where gradients are dense). Both take `lr` of their group, and no weight decay.
 
     Args:
         groups: as for `torch.optim.AdamW`; those of tables with `rows`.
@@ -41,8 +41,7 @@ class RankAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ruled = [(group, p) for group in self.param_groups if group["rows"] for p in group["params"]]
-        tables = [(group, p, p.grad) for group, p in ruled if p.grad is not None]
+        tables = [(g, p, p.grad) for g in self.param_groups for p in g["params"] if _is_ruled(g["rows"], p)]
         for _, table, _ in tables:
             table.grad = None  # AdamW passes by what has none
         super().step()
@@ -104,6 +103,11 @@ class RankAdamW(torch.optim.AdamW):
 
 def _can_fuse(groups: Sequence[dict[str, Any]]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
+
+
+def _is_ruled(rule: str | None, parameter: Tensor) -> bool:
+    """Whether a rule for rows, not AdamW, takes what gradient there is."""
+    return parameter.grad is not None and (rule == "adagrad" or (rule is not None and parameter.grad.is_sparse))
 
 
 def row_updates(config: RankOptimConfig, rows: int) -> bool:

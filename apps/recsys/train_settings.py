@@ -20,9 +20,9 @@ class RankOptimConfig(OptimConfig):
     ema_decay: float | None = None
     """Average the weights with this decay; the average is what is evaluated and saved. null: off."""
     tables: Literal["auto", "dense", "adagrad", "adam"] = "auto"
-    """How embedding tables learn. dense: by AdamW as all else, every row at every step; adagrad: row-wise Adagrad, which
-    keeps one number per row and lets rare ids learn as fast as frequent ones: worth trying where ids are many; adam: the
-    touched rows only, with twice the table as state; auto: dense up to dense_rows, then adagrad."""
+    """How embedding tables learn. dense: by AdamW as all else, every row at every step; adagrad: row-wise Adagrad: it
+    keeps one number per row; worth trying where ids are many, for rare ones learn in larger steps; adam: touched rows
+    only, with twice the table as state; auto: dense up to dense_rows, then adagrad."""
     dense_rows: int = 200_000
     """tables=auto, adagrad: beyond so many rows of all tables together, gradients are of the touched rows only; up to
     there, passing over all rows is quicker."""
