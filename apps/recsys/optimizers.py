@@ -61,11 +61,8 @@ class RankAdamW(torch.optim.AdamW):
         Raises:
             ConfigError: it is of other rules for tables.
         """
-        own, stored = (
-            [group.get("rows") for group in groups] for groups in (self.param_groups, state_dict["param_groups"])
-        )
-        names = " and ".join(sorted({str(rule or "AdamW") for rule in stored}))
-        require(own == stored, "optim.tables", own, f"the checkpoint was trained with {names}; go on as it was trained")
+        own, stored = (_rules(groups) for groups in (self.param_groups, state_dict["param_groups"]))
+        require(own == stored, "optim.tables", own, f"the checkpoint was trained with {stored}; go on with that")
         super().load_state_dict(state_dict)
 
     def _sums(self, table: Tensor) -> Float[Tensor, " rows"]:
@@ -103,6 +100,10 @@ class RankAdamW(torch.optim.AdamW):
 
 def _can_fuse(groups: Sequence[dict[str, Any]]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
+
+
+def _rules(groups: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(sorted({group["rows"] for group in groups if group.get("rows")})) or "dense"
 
 
 def _is_ruled(rule: str | None, parameter: Tensor) -> bool:
