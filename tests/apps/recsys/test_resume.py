@@ -14,7 +14,7 @@ from tests.apps.timeseries.conftest import differences
 
 KINDS = {
     "home": {"model__name": "home", "model__home__experts__dropout": 0.2, "optim__ema_decay": 0.9},
-    "tables": {"model__name": "aw_moe", "optim__tables": "adagrad", "loss__balancing": "dwa"},
+    "tables": {"model__name": "aw_moe", "optim__tables": "adagrad", "optim__dense_rows": 0, "loss__balancing": "dwa"},
 }
 
 
