@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from apps.errors import UserError
 from apps.recsys.batch import Batch, InputSpec
 from apps.recsys.data import RecsysData
-from apps.recsys.deploy_inputs import NO_ID, feed, prepend_lookups
+from apps.recsys.deploy_compare import compare
+from apps.recsys.deploy_inputs import OUTPUT, describe, prepend_lookups
 from apps.recsys.loading import Trained
 from apps.recsys.losses import log_probabilities
 from apps.recsys.models.build import Ranker
 from export.onnx import ExportError
 from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE
 from moecore import __version__
 from moecore.files import atomic_path
 
-COMPARED, TIMED = 4096, (1, 256, 500)
-"""Test rows that a file is compared on at most, and rows of the calls that are timed."""
+COMPARED = 4096
+"""Test rows that a file is compared on at most."""
+LARGEST = 2_000_000_000
+"""Bytes of weights that a single ONNX file can hold, a little less than the 2 GiB of a protocol buffer."""
 
 
 class Encoded(nn.Module):
@@ -35,18 +38,28 @@ class Encoded(nn.Module):
         super().__init__()
         self.model, self.spec = model, spec
 
-    def forward(self, sparse: Tensor, dense: Tensor, *sequences: Tensor) -> Float[Tensor, "B T"]:
+    def names(self) -> list[str]:
+        """Of the inputs, in order: sparse and dense if the log has such features, and a sequence each."""
+        kinds = [kind for kind in ("sparse", "dense") if getattr(self.spec, kind)]
+        return [*kinds, *(f"sequence.{one.name}" for one in self.spec.sequences)]
+
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "B T"]:
         """[B, S], [B, N], and [B, L] of each sequence -> [B, T], all conditions included."""
-        named = {one.name: rows for one, rows in zip(self.spec.sequences, sequences, strict=True)}
-        return log_probabilities(self.model(Batch(sparse, dense, named)).logits, self.spec.tasks).exp()
+        named = dict(zip(self.names(), inputs, strict=True))
+        rows = inputs[0].shape[0]
+        sparse = named["sparse"] if "sparse" in named else torch.zeros(rows, 0, dtype=torch.int64)
+        dense = named["dense"] if "dense" in named else torch.zeros(rows, 0)
+        sequences = {one.name: named[f"sequence.{one.name}"] for one in self.spec.sequences}
+        return log_probabilities(self.model(Batch(sparse, dense, sequences)).logits, self.spec.tasks).exp()
 
 
 def export_onnx(trained: Trained, data: RecsysData, path: Path) -> dict[str, float]:
-    """Write the model as one ONNX file and compare it with PyTorch on test rows, some with ids never seen.
+    """Write the model as one ONNX file and compare it with PyTorch on test rows.
 
-    Inputs are one per feature: ids as int64 or text (as the vocabulary has them), numbers as float, `[batch]`;
-    sequences `[batch, length]`. Missing ids, and padding of sequences, are the least int64 or the empty text; missing
-    numbers are NaN. Ids never seen are "unknown".
+    Inputs are one per feature, by its name: ids as int64 or text (as the vocabulary has them), numbers as float, all
+    `[batch]`; sequences `[batch, length]`, oldest value first. Missing ids, and padding of sequences on the right, are
+    the least int64 or the empty text; missing numbers are NaN. Ids never seen are "unknown". The output is
+    `probabilities`, `[batch, tasks]`, conditions included. The file's metadata says all of this.
 
     Args:
         trained: the model.
@@ -54,77 +67,58 @@ def export_onnx(trained: Trained, data: RecsysData, path: Path) -> dict[str, flo
         path: of the file.
 
     Returns:
-        The comparison's figures.
+        The comparison's figures, see `apps.recsys.deploy_compare.compare`.
 
     Raises:
         UserError: the model or a feature has no ONNX form, or outputs differ; a file from before then stays as it is.
     """
-    spec, model = trained.spec, trained.model.cpu().eval()
-    module = Encoded(model, spec).eval()
-    batch = data.batches("test")[(0, 0)][:2]
-    inputs = (batch.sparse, batch.dense, *(batch.sequences[one.name] for one in spec.sequences))
-    names = ["sparse", "dense", *(f"sequence.{one.name}" for one in spec.sequences)]
-    metadata = {
-        "task": "ranking",
-        "model": trained.title,
-        "outputs": [task.name for task in spec.tasks],
-        "missing": f"ids {NO_ID} or empty text, numbers NaN; sequences are padded with it",
-        "moecore_version": __version__,
-    }
-    rows = torch.export.Dim("batch", min=1)
-    varied = ({0: rows}, {0: rows}, *([tuple({0: rows} for _ in spec.sequences)] if spec.sequences else []))
-    frame = data.frame("test").head(COMPARED)
+    trained = dataclasses.replace(trained, model=copy.deepcopy(trained.model).cpu().eval())
+    _check_size(trained.model)
+    frame = _rows(data)
+    module = Encoded(trained.model, trained.spec).eval()
+    inputs = _example(trained, frame)
+    shapes = (tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs),)
     with atomic_path(path) as temporary:
         try:
-            write_onnx(module, inputs, temporary, names, "probabilities", metadata, varied)
+            write_onnx(module, inputs, temporary, module.names(), OUTPUT, _metadata(trained), shapes)
             prepend_lookups(temporary, trained.transform)
         except ExportError as error:
             raise UserError(f"export: {error}") from error
-        return _compare(trained, temporary, frame)
+        return compare(trained, temporary, frame)
 
 
-def _compare(trained: Trained, path: Path, frame: pd.DataFrame) -> dict[str, float]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    strange = _never_seen(trained, frame)
-    error = scale = 0.0
-    for rows in (frame, strange):
-        ours = session.run(None, feed(trained.transform, rows))[0]
-        expected = trained.score(trained.transform.encode(rows, labels=False))
-        error = max(error, float(np.abs(ours - expected).max()))
-        scale = max(scale, float(np.abs(expected).max()))
-    relative = error / max(scale, 1e-12)
-    if not relative <= TOLERANCE:
+def _check_size(model: nn.Module) -> None:
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if size > LARGEST:
         raise UserError(
-            f"export: outputs differ from PyTorch by {relative:.2g} of their range (over {TOLERANCE}); no file was kept"
+            f"export: {size / 1e9:.1f} GB of weights do not fit an ONNX file (2 GB); train with smaller tables "
+            "(min_count, buckets or dim of the largest features)"
         )
-    figures = {"rows": float(2 * len(frame)), "max_error": error, "max_relative_error": relative}
-    for count in TIMED:
-        figures |= _times(session, trained, frame.iloc[np.arange(count) % len(frame)])
-    return figures | {"file_bytes": float(path.stat().st_size)}
 
 
-def _never_seen(trained: Trained, frame: pd.DataFrame) -> pd.DataFrame:
-    """The same rows with ids that no vocabulary knows."""
-    count, strange = len(frame), frame.copy()
-    for one in trained.spec.sparse:
-        numbers = np.arange(10**12, 10**12 + count)
-        text = [f"never seen {i}" for i in range(count)]
-        integer = trained.transform.vocabularies[one.table].integer
-        strange[trained.transform.schema.column(one.name)] = numbers if integer else text
-    return strange
+def _rows(data: RecsysData) -> pd.DataFrame:
+    """The first test rows."""
+    kept: list[pd.DataFrame] = []
+    for frame in data.parts["test"].frames(data.schema.columns(), COMPARED):
+        kept.append(frame)
+        if sum(map(len, kept)) >= COMPARED:
+            break
+    return pd.concat(kept, ignore_index=True).head(COMPARED)
 
 
-def _times(session: object, trained: Trained, rows: pd.DataFrame) -> dict[str, float]:
-    """Median CPU milliseconds of a call: onnxruntime with lookups, PyTorch on rows encoded already."""
-    given, batch = feed(trained.transform, rows), trained.transform.encode(rows, labels=False)
-    spent: dict[str, list[float]] = {"onnx": [], "torch": []}
-    for _ in range(9):
-        for name, call in (("onnx", lambda: session.run(None, given)), ("torch", lambda: trained.score(batch))):
-            started = time.process_time()
-            call()
-            spent[name].append(time.process_time() - started)
-    return {f"{name}_ms_{len(rows)}_rows": float(np.median(times)) * 1e3 for name, times in spent.items()}
+def _example(trained: Trained, frame: pd.DataFrame) -> tuple[Tensor, ...]:
+    """Two rows to trace with, as the network takes them."""
+    batch = trained.transform.encode(frame.iloc[[0, -1]], labels=False)
+    kinds = [tensor for tensor in (batch.sparse, batch.dense) if tensor.shape[1]]
+    return (*kinds, *(batch.sequences[one.name] for one in trained.spec.sequences))
+
+
+def _metadata(trained: Trained) -> dict[str, Any]:
+    return {
+        "task": "ranking",
+        "model": trained.title,
+        "inputs": describe(trained.transform),
+        "outputs": [task.name for task in trained.spec.tasks],
+        "sequences": "oldest value first, padded on the right with what is missing",
+        "moecore_version": __version__,
+    }

@@ -10,13 +10,18 @@ import numpy as np
 import pandas as pd
 
 from apps.errors import UserError
-from apps.recsys.batch import MISSING, UNKNOWN
+from apps.recsys.batch import MISSING, UNKNOWN, DenseInput, SequenceInput, SparseInput
 from apps.recsys.columns import read_lists, read_numbers
 from apps.recsys.transform import Transform
 from apps.recsys.vocabulary import FIRST, HASH_A, HASH_B, PRIME, Ids, Vocabulary, read_ids
 
 NO_ID = -(2**63)
-"""Stands for a missing integer id; the empty text for a missing text."""
+"""Stands for a missing integer id, and pads sequences of integers; the empty text does so for text."""
+STRANGE = NO_ID + 1
+"""Stands for an integer id that is none (text where integers belong): never seen, whatever the vocabulary."""
+OUTPUT = "probabilities"
+NETWORK, LOOKUP = "network/", "lookup/"
+"""Prefixes of the names inside of a file, so that features may be called as operators are (select, cat)."""
 ML_OPSET = 4
 
 
@@ -24,56 +29,100 @@ def prepend_lookups(path: Path, transform: Transform) -> None:
     """Replace the inputs of an exported network, in its file, by one input per feature.
 
     Args:
-        path: of a file with inputs `sparse`, `dense` and `sequence.<name>`.
+        path: of a file with inputs `sparse`, `dense` and `sequence.<name>`, as far as the log has such features, and
+            the output `probabilities`.
         transform: of the model.
 
     Raises:
-        UserError: a feature that no ONNX operator can look up: text that is hashed.
+        UserError: a feature that no ONNX operator can look up (text that is hashed), or whose name is taken.
     """
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import compose, helper
 
-    proto = onnx.load(path)
-    graph, spec = proto.graph, transform.spec
-    nodes: list[Any] = []
-    inputs: list[Any] = []
-
-    def add(name: str, vocabulary: Vocabulary | None, shape: Sequence[str | int], rows: str) -> None:
-        kind = TensorProto.FLOAT
-        if vocabulary is not None:
-            kind = TensorProto.INT64 if vocabulary.integer else TensorProto.STRING
-            nodes.extend(_lookup(name, vocabulary, rows))
-        inputs.append(helper.make_tensor_value_info(name, kind, shape))
-
-    for one in spec.sparse:
-        add(one.name, transform.vocabularies[one.table], ["batch"], f"{one.name}/rows")
-    for one in spec.dense:
-        add(one.name, None, ["batch"], "")
-    for one in spec.sequences:
-        shape = ["batch", one.max_len]
-        add(one.name, transform.vocabularies[one.table], shape, f"sequence.{one.name}")
-    used = {i.name for i in graph.input}
-    nodes += _columns("sparse", [f"{one.name}/rows" for one in spec.sparse]) if "sparse" in used else []
-    nodes += _columns("dense", [one.name for one in spec.dense]) if "dense" in used and spec.dense else []
-    empty = [i for i in graph.input if i.name in ("sparse", "dense") and not getattr(spec, i.name)]
-    axis = helper.make_tensor("axis/1", TensorProto.INT64, [1], [1])
+    _check_names(transform)
+    network = compose.add_prefix(onnx.load(path), NETWORK, rename_outputs=False)
+    nodes, inputs = _lookups(transform)
+    columns = bool(transform.spec.sparse or transform.spec.dense)
+    axis = [helper.make_tensor(f"{LOOKUP}axis", onnx.TensorProto.INT64, [1], [1])] if columns else []
+    graph = network.graph
     everything = helper.make_graph(
-        [*nodes, *graph.node], graph.name, [*inputs, *empty], graph.output, [*graph.initializer, axis]
+        [*nodes, *graph.node],
+        graph.name,
+        inputs,
+        graph.output,
+        [*graph.initializer, *axis],
+        value_info=graph.value_info,
     )
-    everything.value_info.extend(graph.value_info)
-    opsets = [*proto.opset_import, helper.make_opsetid("ai.onnx.ml", ML_OPSET)]
-    made = helper.make_model(everything, opset_imports=opsets, ir_version=proto.ir_version, functions=proto.functions)
-    made.metadata_props.extend(proto.metadata_props)
-    onnx.checker.check_model(made)
+    opsets = [*network.opset_import, helper.make_opsetid("ai.onnx.ml", ML_OPSET)]
+    made = helper.make_model(
+        everything, opset_imports=opsets, ir_version=network.ir_version, functions=network.functions
+    )
+    made.metadata_props.extend(network.metadata_props)
+    onnx.checker.check_model(made, full_check=True)
     onnx.save_model(made, path)
 
 
-def _columns(name: str, parts: Sequence[str]) -> list[Any]:
+def _check_names(transform: Transform) -> None:
+    for name in transform.schema.features:
+        if name == OUTPUT or name.startswith((NETWORK, LOOKUP)):
+            raise UserError(
+                f"export: features.{name}: the file has a value of its own of that name; call the feature otherwise, "
+                "with its column beside it"
+            )
+
+
+def _lookups(transform: Transform) -> tuple[list[Any], list[Any]]:
+    """Nodes from raw columns to the inputs of the network, and the inputs of the whole."""
+    from onnx import helper
+
+    spec = transform.spec
+    nodes: list[Any] = []
+    inputs = [helper.make_tensor_value_info(one.name, *_kind(transform, one)) for one in _features(transform)]
+    for i, one in enumerate(spec.sparse):
+        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{LOOKUP}sparse/{i}")
+    for one in spec.sequences:
+        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{NETWORK}sequence.{one.name}")
+    if spec.sparse:
+        nodes += _columns(f"{NETWORK}sparse", [f"{LOOKUP}sparse/{i}" for i in range(len(spec.sparse))], "ids")
+    if spec.dense:
+        nodes += _columns(f"{NETWORK}dense", [one.name for one in spec.dense], "numbers")
+    return nodes, inputs
+
+
+def _features(transform: Transform) -> list[SparseInput | DenseInput | SequenceInput]:
+    return [*transform.spec.sparse, *transform.spec.dense, *transform.spec.sequences]
+
+
+def _kind(transform: Transform, one: SparseInput | DenseInput | SequenceInput) -> tuple[int, list[str | int]]:
+    """Type and shape of the input of a feature."""
+    from onnx import TensorProto
+
+    if isinstance(one, DenseInput):
+        return TensorProto.FLOAT, ["batch"]
+    kind = TensorProto.INT64 if transform.vocabularies[one.table].integer else TensorProto.STRING
+    return kind, ["batch", one.max_len] if isinstance(one, SequenceInput) else ["batch"]
+
+
+def describe(transform: Transform) -> list[dict[str, Any]]:
+    """The inputs of a file as plain data: name, column of the log, type, shape, and what stands for a missing value."""
+    found = []
+    for one in _features(transform):
+        integer = not isinstance(one, DenseInput) and transform.vocabularies[one.table].integer
+        kind = "float" if isinstance(one, DenseInput) else "int64" if integer else "string"
+        missing = {"float": "NaN", "int64": NO_ID, "string": ""}[kind]
+        column, shape = transform.schema.column(one.name), _kind(transform, one)[1]
+        found.append({"name": one.name, "column": column, "type": kind, "shape": shape, "missing": missing})
+    return found
+
+
+def _columns(name: str, parts: Sequence[str], what: str) -> list[Any]:
     """`[batch]` each -> `[batch, parts]`."""
     from onnx import helper
 
-    wide = [helper.make_node("Unsqueeze", [part, "axis/1"], [f"{part}/column"]) for part in parts]
-    return [*wide, helper.make_node("Concat", [f"{part}/column" for part in parts], [name], axis=1)]
+    made = [f"{LOOKUP}{what}/{i}/column" for i in range(len(parts))]
+    pairs = zip(parts, made, strict=True)
+    wide = [helper.make_node("Unsqueeze", [part, f"{LOOKUP}axis"], [column]) for part, column in pairs]
+    return [*wide, helper.make_node("Concat", made, [name], axis=1)]
 
 
 def _lookup(name: str, vocabulary: Vocabulary, rows: str) -> list[Any]:
@@ -100,13 +149,13 @@ def _hash(name: str, buckets: int, rows: str) -> list[Any]:
     nodes: list[Any] = []
 
     def constant(value: int) -> str:
-        made = f"{name}/hash/{len(nodes)}"
+        made = f"{LOOKUP}hash/{rows}/{len(nodes)}"
         tensor = helper.make_tensor(made, TensorProto.INT64, [], [value])
         nodes.append(helper.make_node("Constant", [], [made], value=tensor))
         return made
 
     def apply(kind: str, *given: str, out: str | None = None) -> str:
-        made = out or f"{name}/hash/{len(nodes)}"
+        made = out or f"{LOOKUP}hash/{rows}/{len(nodes)}"
         nodes.append(helper.make_node(kind, list(given), [made]))
         return made
 
@@ -114,6 +163,7 @@ def _hash(name: str, buckets: int, rows: str) -> list[Any]:
     x = apply("Add", apply("Mul", x, constant(HASH_A)), constant(HASH_B))
     x = apply("Mod", apply("Mod", x, constant(PRIME)), constant(buckets))
     x = apply("Add", x, constant(FIRST))
+    x = apply("Where", apply("Equal", name, constant(STRANGE)), constant(UNKNOWN), x)
     apply("Where", apply("Equal", name, constant(NO_ID)), constant(MISSING), x, out=rows)
     return nodes
 
@@ -148,6 +198,5 @@ def feed(transform: Transform, frame: pd.DataFrame) -> dict[str, np.ndarray]:
 def _values(ids: Ids, vocabulary: Vocabulary) -> np.ndarray:
     if vocabulary.integer:
         values, known = ids.as_integers()
-        strange = NO_ID + 1  # text where integers belong: never seen
-        return np.where(ids.missing, NO_ID, np.where(known, values, strange))
+        return np.where(ids.missing, NO_ID, np.where(known, values, STRANGE))
     return np.array([value or "" for value in ids.as_text().to_pylist()], object)
