@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from apps.errors import UserError
 from apps.recsys.arguments import Predict
 from apps.recsys.loading import Trained
-from apps.recsys.tables import Table, open_table
-from moecore.files import atomic_path
+from apps.recsys.score_files import join, whole_ids, write_pieces
+from apps.recsys.tables import ParquetTable, Table, expect, open_table
+from apps.recsys.vocabulary import read_ids
 
 ROWS = 16_384
 """Rows scored at a time."""
+PENDING = 1_000_000
+"""Candidates held at least before those that are not among the best are dropped."""
 
 
 def score_frame(trained: Trained, frame: pd.DataFrame) -> pd.DataFrame:
@@ -32,14 +35,22 @@ def score_frame(trained: Trained, frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: a column is missing, or a value cannot be what the schema says.
     """
+    frame = frame.rename(columns=str)
+    parts = [trained.transform.encode(frame.iloc[i : i + ROWS], labels=False) for i in _starts(frame)]
+    named = [column for column in _names(trained) if column in frame]
+    scored = frame[named].copy() if named else frame.copy()
+    scores = np.concatenate([trained.score(part) for part in parts])
+    return scored.assign(**{f"p_{task.name}": scores[:, i] for i, task in enumerate(trained.spec.tasks)})
+
+
+def _starts(frame: pd.DataFrame) -> range:
+    return range(0, max(len(frame), 1), ROWS)
+
+
+def _names(trained: Trained) -> list[str]:
+    """Columns that say which row one is."""
     schema = trained.transform.schema
-    parts = [trained.transform.encode(frame.iloc[i : i + ROWS], labels=False) for i in range(0, len(frame), ROWS)]
-    named = [c for c in (schema.user, schema.item, schema.time) if c is not None and c in frame]
-    scored = frame[list(dict.fromkeys(named))].copy() if named else frame.copy()
-    scores = [trained.score(part) for part in parts]
-    for i, task in enumerate(trained.spec.tasks):
-        scored[f"p_{task.name}"] = [value for part in scores for value in part[:, i]]
-    return scored
+    return list(dict.fromkeys(c for c in (schema.user, schema.item, schema.time) if c is not None))
 
 
 def rank_frame(trained: Trained, scored: pd.DataFrame, top: int, by: str | None = None) -> pd.DataFrame:
@@ -51,57 +62,88 @@ def rank_frame(trained: Trained, scored: pd.DataFrame, top: int, by: str | None 
         top: rows per user.
         by: task to rank by; None: the first.
 
+    Returns:
+        Users in order, those without an id last, as one; of equal scores the earlier row comes first.
+
     Raises:
         UserError: the schema names no user, the rows have none, or there is no such task.
     """
+    user, task = check_ranking(trained, top, by)
+    expect("the table", scored.columns, [user])
+    users = _user_order(scored[user])
+    order = np.lexsort((-scored[f"p_{task}"].to_numpy(), users))
+    ordered = users[order]
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered) + 1
+    kept = rank <= top
+    return scored.iloc[order[kept]].assign(rank=rank[kept])
+
+
+def check_ranking(trained: Trained, top: int, by: str | None) -> tuple[str, str]:
+    """Column of the users, and task to rank by.
+
+    Raises:
+        UserError: there is none.
+    """
     user, tasks = trained.transform.schema.user, [task.name for task in trained.spec.tasks]
-    if user is None or user not in scored:
-        raise UserError(f"top={top}: ranks the candidates of each user; give the column of users ({user or 'user'})")
-    by = by or tasks[0]
+    if top < 1:
+        raise UserError(f"top={top}: must be at least 1")
+    if user is None:
+        raise UserError(
+            f"top={top}: ranks the candidates of each user, and the schema of this model names no user; train with one"
+        )
+    by = tasks[0] if by is None else by
     if by not in tasks:
         raise UserError(f"by={by}: no such task; choose one of {', '.join(tasks)}")
-    ordered = scored.sort_values(f"p_{by}", ascending=False, kind="stable")
-    kept = ordered[ordered.groupby(user, sort=False, dropna=False).cumcount() < top]
-    kept = kept.sort_values(user, kind="stable")
-    return kept.assign(rank=kept.groupby(user, sort=False, dropna=False).cumcount() + 1)
+    return user, by
+
+
+def _user_order(column: pd.Series) -> Int[np.ndarray, " n"]:
+    """Place of each row's user; ids that are numbers here and text there are the same user."""
+    ids = read_ids(column)
+    values = ids.integers
+    if values is None:
+        values = ids.as_text().fill_null("").to_numpy(zero_copy_only=False)
+    codes, known = pd.factorize(values, sort=True)
+    return np.where(ids.missing, len(known), codes)
 
 
 def predict_file(trained: Trained, args: Predict) -> str:
-    """Score a file or folder and write the result; says what was written."""
-    table = open_table(args.input)
-    if args.top is None and args.output.endswith(".csv"):
-        count = _stream(trained, table, args.output)
-        return f"{count:,} rows: {args.output}"
-    scored = pd.concat([score_frame(trained, frame) for frame in _frames(table)], ignore_index=True)
+    """Score a file or folder, in pieces, and write the result; says what was written.
+
+    Raises:
+        UserError: in one line, before anything is written: a column is missing, or what to rank by.
+    """
+    schema, table = trained.transform.schema, open_table(args.input)
+    if args.top is None and args.by is not None:
+        raise UserError(f"by={args.by}: is for ranking; say with --top how many candidates to keep of every user")
+    user = [] if args.top is None else [check_ranking(trained, args.top, args.by)[0]]
+    features = [schema.column(name) for name in schema.features]
+    table.expect([*features, *user])
+    named = [column for column in _names(trained) if column in table.columns]
+    columns = list(dict.fromkeys([*features, *named])) if named else None
+    pieces = _scored(trained, table, columns)
     if args.top is not None:
-        scored = rank_frame(trained, scored, args.top, args.by)
-    write_frame(scored, args.output)
-    return f"{len(scored):,} rows: {args.output}"
+        pieces = iter([_best(trained, pieces, args.top, args.by)])
+    elif args.output.endswith(".parquet") and not isinstance(table, ParquetTable):
+        pieces = iter([join(pieces)])  # what type a column of a text file has is known at its end only
+    return f"{write_pieces(pieces, args.output):,} rows: {args.output}"
 
 
-def _frames(table: Table) -> Iterator[pd.DataFrame]:
+def _scored(trained: Trained, table: Table, columns: list[str] | None) -> Iterator[pd.DataFrame]:
+    ids = (trained.transform.schema.user, trained.transform.schema.item)
     for unit in range(len(table.units)):
-        yield from table.chunks(unit)
+        for frame in table.chunks(unit, columns):
+            scored = score_frame(trained, frame)
+            yield scored.assign(**{str(c): whole_ids(scored[c]) for c in ids if c in scored})
 
 
-def _stream(trained: Trained, table: Table, output: str) -> int:
-    """CSV piece by piece, so that a log larger than memory can be scored."""
-    count = 0
-    with atomic_path(Path(output)) as temporary, open(temporary, "w", newline="") as file:
-        for frame in _frames(table):
-            score_frame(trained, frame).to_csv(file, index=False, header=count == 0)
-            count += len(frame)
-    return count
-
-
-def write_frame(frame: pd.DataFrame, path: str | Path) -> Path:
-    """Write a table as .csv, .parquet or .json (records), whole or not at all."""
-    path = Path(path)
-    with atomic_path(path) as temporary:
-        if path.suffix == ".parquet":
-            frame.to_parquet(temporary, index=False)
-        elif path.suffix == ".json":
-            temporary.write_text(json.dumps(json.loads(frame.to_json(orient="records", date_format="iso")), indent=2))
-        else:
-            frame.to_csv(temporary, index=False)
-    return path
+def _best(trained: Trained, pieces: Iterator[pd.DataFrame], top: int, by: str | None) -> pd.DataFrame:
+    """The best of every user over all pieces; holds little more than those."""
+    held: list[pd.DataFrame] = []
+    limit = PENDING
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) > limit:
+            held = [rank_frame(trained, join(held), top, by).drop(columns="rank")]
+            limit = max(PENDING, 2 * len(held[0]))
+    return rank_frame(trained, join(held), top, by)
