@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
+from apps.errors import UserError
+from apps.recsys.data import RecsysData
+from apps.recsys.deploy import export_onnx
+from apps.recsys.deploy_compare import compare, unfamiliar
 from apps.recsys.deploy_inputs import NO_ID, feed
-from apps.recsys.loading import load_trained
+from apps.recsys.loading import Trained
+from apps.recsys.models.build import build_model
+from apps.recsys.schema import FeatureSpec, Schema
+from apps.recsys.settings import RecsysConfig
+from apps.recsys.sources import from_frame
 from tests.apps.recsys.conftest import small_log, small_schema
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -19,72 +29,129 @@ def session_of(path):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-@pytest.fixture
-def own_run(rec, small, tmp_path):
-    """A run on a log with text ids, missing values, sequences and a hashed column."""
-
-    def make(**changes):
-        small_log().assign(seen=lambda f: [",".join(map(str, s)) for s in f["seen"]]).to_csv(tmp_path / "log.csv")
-        schema = small_schema()
-        for name, change in changes.items():
-            schema.features[name] = type(schema.features[name])(**change)
-        (tmp_path / "schema.yaml").write_text(schema.yaml())
-        source = {"data__source": tmp_path / "log.csv", "data__schema": tmp_path / "schema.yaml"}
-        done = rec("train", *small(tmp_path, **source, data__batch_size=50, run__name="own"))
-        assert (done.code, done.err) == (0, "")
-        return tmp_path / "recsys" / "own"
-
-    return make
+def make(schema: Schema, frame: pd.DataFrame, path) -> tuple[Trained, RecsysData]:
+    """A model with fresh weights, tables so large that any wrong row of theirs shows, and its data."""
+    config = RecsysConfig()
+    data = RecsysData(config.data, 0, source=from_frame(frame, config.data, schema))
+    model = build_model(config.model, data.spec).eval()
+    for weight in model.encoder.tables.weights.values():
+        torch.nn.init.normal_(weight, std=10)
+    return Trained(model, config, data.transform, path), data
 
 
-def test_a_file_is_compared_with_the_model(rec, home_run, tmp_path):
+def text_lists(frame: pd.DataFrame) -> pd.DataFrame:
+    """As CSV files have them."""
+    return frame.assign(seen=[",".join(map(str, values)) for values in frame["seen"]])
+
+
+def every_kind() -> Schema:
+    """Hashed integers, text, a list of text, numbers; a feature is called as an operator is."""
+    schema = small_schema(features={"user": FeatureSpec(vocabulary="hash", buckets=16)})
+    schema.features["cat"] = schema.features.pop("city")
+    schema.features["cat"].column = "city"
+    return schema
+
+
+def assert_equal(session, trained: Trained, frame: pd.DataFrame) -> None:
+    ours = session.run(None, feed(trained.transform, frame))[0]
+    expected = trained.score(trained.transform.encode(frame, labels=False))
+    assert expected.std(0).min() > 0.01  # it would show
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_verb_compares_a_file_with_the_model(rec, home_run, tmp_path):
     options = ["--output", tmp_path / "m.onnx", "--json", tmp_path / "x.json"]
     done = rec("export", "--ckpt_path", home_run, *options)
     assert (done.code, done.err) == (0, "")
     figures = json.loads((tmp_path / "x.json").read_text())
     assert figures["max_relative_error"] < 1e-5
-    assert figures["onnx_ms_500_rows"] > 0
+    assert all(figures[f"{name}_ms_{rows}_rows"] > 0 for name in ("onnx", "torch") for rows in (1, 256, 500))
 
 
-@pytest.mark.parametrize("hashed", [False, True])
-def test_raw_rows_in_probabilities_out(rec, own_run, tmp_path, hashed):
-    run = own_run(**({"user": {"vocabulary": "hash", "buckets": 16}} if hashed else {}))
-    done = rec("export", "--ckpt_path", run, "--output", tmp_path / "m.onnx")
-    assert (done.code, done.err) == (0, "")
-    trained, session = load_trained(run / "checkpoints" / "best.ckpt"), session_of(tmp_path / "m.onnx")
-    assert [i.name for i in session.get_inputs()] == ["user", "item", "city", "row", "price", "seen"]
-    fresh = small_log(50, seed=9)
-    fresh.loc[:9, "user"], fresh.loc[5:14, "item"], fresh.loc[10:19, "city"] = 10**15, -3, "atlantis"
+def test_raw_rows_in_probabilities_out(tmp_path):
+    path, log = tmp_path / "m.onnx", text_lists(small_log())
+    trained, data = make(every_kind(), log, tmp_path)
+    assert export_onnx(trained, data, path)["max_relative_error"] < 1e-5
+    session, fresh = session_of(path), text_lists(small_log(50, seed=9))
+    assert_equal(session, trained, fresh)
+    fresh.loc[:9, "user"], fresh.loc[5:14, "item"], fresh.loc[10:19, "city"] = -(10**15), 5, "atlantis"
     fresh["price"] = fresh["price"].where(fresh.index % 3 > 0)
-    ours = session.run(None, feed(trained.transform, fresh))[0]
-    expected = trained.score(trained.transform.encode(fresh, labels=False))
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    fresh["seen"] = fresh["seen"].where(fresh.index % 4 > 0, "9,101,8,7")
+    assert_equal(session, trained, fresh)
+    assert_equal(session, trained, fresh.assign(user=[f"u{i}" for i in range(50)]))  # text where integers belong
+    assert_equal(session, trained, unfamiliar(trained, fresh))
+    assert_plain_arrays_do(session)
+    assert_what_differs_is_refused(trained, path, log)
 
 
-def test_ids_are_plain_arrays_that_any_client_can_make(rec, own_run, tmp_path):
-    run = own_run()
-    assert rec("export", "--ckpt_path", run, "--output", tmp_path / "m.onnx").code == 0
-    session = session_of(tmp_path / "m.onnx")
+def assert_plain_arrays_do(session) -> None:
+    """What the metadata says is all that a client needs."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    inputs = {one["name"]: one for one in json.loads(metadata["inputs"])}
+    assert list(inputs) == [one.name for one in session.get_inputs()] == ["user", "item", "cat", "row", "price", "seen"]
+    kinds = {name: (one["column"], one["type"], one["missing"]) for name, one in inputs.items()}
+    assert kinds["user"] == ("user", "int64", NO_ID)
+    assert kinds["cat"] == ("city", "string", "")
+    assert kinds["price"] == ("price", "float", "NaN")
+    assert inputs["seen"]["shape"] == ["batch", 3]
     given = {
         "user": np.array([3, NO_ID]),
-        "item": np.array([101, 10**17]),
-        "city": np.array(["rome", ""], object),
-        "row": np.array([1, 2], np.float32),
+        "item": np.array(["101", "never seen"], object),
+        "cat": np.array(["rome", ""], object),
+        "row": np.array([1, np.nan], np.float32),
         "price": np.array([5.0, np.nan], np.float32),
-        "seen": np.array([[101, NO_ID, NO_ID], [NO_ID] * 3]),
+        "seen": np.array([["101", "", ""], ["", "", ""]], object),
     }
-    for one in session.get_inputs():  # ids of a log in text are text where lists of them are
-        if one.type == "tensor(string)" and given[one.name].dtype != object:
-            given[one.name] = np.where(given[one.name] == NO_ID, "", given[one.name].astype(str)).astype(object)
-    scores = session.run(None, given)[0]
-    assert scores.shape == (2, 2)
+    (scores,) = session.run(["probabilities"], given)
+    assert scores.shape == (2, len(json.loads(metadata["outputs"])))
     assert ((scores > 0) & (scores < 1)).all()
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["outputs"]) == ["click", "buy"]
+    assert (scores[:, 1] <= scores[:, 0]).all()  # buy, given a click
 
 
-def test_hashed_text_has_no_form_and_leaves_no_file(rec, own_run, tmp_path):
-    run = own_run(city={"vocabulary": "hash", "buckets": 8})
-    line = rec("export", "--ckpt_path", run, "--output", tmp_path / "m.onnx").line
-    assert line == "export: city is hashed text, which ONNX cannot hash; give it vocabulary: fit"
-    assert not (tmp_path / "m.onnx").exists()
+def assert_what_differs_is_refused(trained: Trained, path, log: pd.DataFrame) -> None:
+    """Another row of a table, or a model that gives no numbers."""
+    weight = trained.model.encoder.tables.weights["16"]
+    for value in (9.0, float("nan")):
+        with torch.no_grad():
+            weight[:, 0] = value
+        with pytest.raises(UserError, match=r"export: outputs differ from PyTorch by .* no file was kept"):
+            compare(trained, path, log.head(60))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_logs_of_ids_alone_or_of_numbers_alone(tmp_path, kind):
+    schema = small_schema()
+    schema.features = {name: one for name, one in schema.features.items() if one.kind == kind}
+    trained, data = make(schema, small_log(), tmp_path)
+    weight = next(trained.model.parameters())
+    assert export_onnx(trained, data, tmp_path / "m.onnx")["max_relative_error"] < 1e-5
+    assert next(trained.model.parameters()) is weight  # the caller's model stays where it is
+    names = [one.name for one in session_of(tmp_path / "m.onnx").get_inputs()]
+    assert names == list(schema.features)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "line"),
+    [
+        (
+            "city",
+            FeatureSpec(vocabulary="hash", buckets=8),
+            "export: city is hashed text, which ONNX cannot hash; give it vocabulary: fit",
+        ),
+        (
+            "probabilities",
+            FeatureSpec(column="city"),
+            "export: features.probabilities: the file has a value of its own of that name; call the feature otherwise, "
+            "with its column beside it",
+        ),
+    ],
+)
+def test_what_has_no_form_leaves_the_file_as_it_was(tmp_path, name, spec, line):
+    schema = small_schema()
+    schema.features = {"user": FeatureSpec(), name: spec}
+    (tmp_path / "m.onnx").write_text("from before")
+    with pytest.raises(UserError) as caught:
+        export_onnx(*make(schema, small_log(), tmp_path), tmp_path / "m.onnx")
+    assert str(caught.value) == line
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_text() == "from before"
