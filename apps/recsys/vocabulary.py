@@ -64,6 +64,8 @@ def read_ids(column: pd.Series | np.ndarray | pa.Array) -> Ids:
         column: integers, floats, booleans, text, categories, or objects of several kinds. If all numbers are whole,
             they are integers (a column of ids with gaps is one of floats), else they are text.
     """
+    if isinstance(column, pa.Array) and pa.types.is_null(column.type):  # nothing at all, or lists that are all empty
+        return Ids(np.ones(len(column), bool), np.zeros(len(column), np.int64))
     if isinstance(column, pa.Array):
         column = pd.Series(column.to_numpy(zero_copy_only=False)) if _is_number(column.type) else column
     if isinstance(column, pa.Array):

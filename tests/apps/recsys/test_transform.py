@@ -199,3 +199,10 @@ def test_users_have_numbers_whatever_they_are_called(schema, log):
     numbers = Transform.fit(schema, named).encode(named).user
     pairs = set(zip(named["user"], numbers.tolist(), strict=True))
     assert len(pairs) == named["user"].nunique() == len(set(numbers.tolist()))
+
+
+def test_rows_whose_lists_are_all_empty_are_encoded(log, schema):
+    """New users: nobody in the batch has a history."""
+    transform = Transform.fit(schema, log)
+    fresh = log.head(3).assign(seen=pd.Series([[], [], []], dtype=object))
+    assert (transform.encode(fresh, labels=False).sequences["seen"] == 0).all()
