@@ -6,9 +6,9 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -37,6 +37,8 @@ from apps.runs import Runs, load_plain
 from apps.settings import OptimConfig, RunConfig, TrainerConfig
 from moecore.errors import require
 from moecore.files import write_atomic
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare_process(run: RunConfig) -> None:
@@ -216,6 +218,30 @@ def _say_what_changed(stored: dict[str, Any], config: Any, trainer: Trainer) -> 
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
                 print(f"resumed with another setting: {name}={now[name]} (was {before[name]})", flush=True)
+
+
+def load_weights(model: Model, checkpoint: Mapping[str, Any], path: Path, trainer: TrainerConfig) -> Model:
+    """A model with the weights of a checkpoint, in eval mode, on the GPU if there is one and it may be used.
+
+    Args:
+        model: of the architecture that was trained, as the task's `model`.
+        checkpoint: as `apps.runs.load_checkpoint` gives it.
+        path: of the checkpoint, for errors.
+        trainer: says which accelerator may be used.
+
+    Raises:
+        UserError: if the weights are of another architecture.
+    """
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    check_fits(state, model, path)
+    model.load_state_dict(state)
+    return on_device(model, trainer)
+
+
+def on_device(model: Model, trainer: TrainerConfig) -> Model:
+    """In eval mode, on the GPU if there is one and it may be used."""
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    return model.to("cuda" if on_gpu else "cpu").eval()
 
 
 def check_fits(state: dict[str, torch.Tensor], module: nn.Module, path: Path) -> None:

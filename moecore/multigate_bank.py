@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from moecore.activations import resolve_activation
 from moecore.errors import require
 from moecore.experts import ExpertBank, Layout
+from moecore.multigate_experts import draw_linear
 
 
 class StackBank(ExpertBank):
@@ -48,9 +48,7 @@ class StackBank(ExpertBank):
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out)) for _, out in sizes)
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(num_experts, out)) for _, out in sizes if norm)
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            bound = 1 / math.sqrt(weight.shape[2])
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+            draw_linear(weight, bias)
 
     def forward(self, x: Float[Tensor, "*R D"], layout: Layout) -> Float[Tensor, "*S O"]:
         """[R, D] -> [R, O]."""

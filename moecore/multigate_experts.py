@@ -13,6 +13,14 @@ from moecore.activations import resolve_activation
 from moecore.errors import require
 
 
+def draw_linear(weight: Float[Tensor, "E U D"], bias: Float[Tensor, "E U"] | None) -> None:
+    """Fresh weights of E linear maps, as `nn.Linear` draws them."""
+    bound = 1 / math.sqrt(weight.shape[2])
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm that also trains on a single row, the rest of an epoch: by the running statistics, as it has none."""
 
@@ -78,10 +86,7 @@ class ExpertStack(nn.Module):
     def reset_parameters(self) -> None:
         """As `nn.Linear` draws them."""
         for i, weight in enumerate(self.weights):
-            bound = 1 / math.sqrt(weight.shape[2])
-            nn.init.uniform_(weight, -bound, bound)
-            if len(self.biases):
-                nn.init.uniform_(self.biases[i], -bound, bound)
+            draw_linear(weight, self.biases[i] if len(self.biases) else None)
 
     def forward(self, x: Float[Tensor, "B D"] | Float[Tensor, "B E D"]) -> Float[Tensor, "B E O"]:
         """Outputs of all experts, for one input or one each."""

@@ -1,4 +1,6 @@
-"""Multi-gate experts of which every gate chooses a few: hundreds of experts at the cost of those chosen.
+"""Multi-gate experts of which every gate chooses a few: hundreds of experts, the multiply-adds of those chosen.
+
+Gates, and in training the gradients of all weights, still grow with the number of experts.
 
 B rows, D width of the input, E experts that a gate sees, K of them chosen, G gates, O width of an expert's output.
 """

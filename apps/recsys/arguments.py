@@ -32,29 +32,19 @@ class Predict:
 
 
 @dataclass
-class Evaluate:
+class Evaluate(verbs.Evaluate):
     """Measure a trained model on the test rows, beside popularity, logistic regression and gradient boosting."""
 
-    ckpt_path: str
-    """What to load: a checkpoint, a run folder, or `last`."""
     boosting: bool = True
     """Fit scikit-learn's histogram gradient boosting on the training rows and show it beside the model."""
-    json: str | None = None
-    """Write the figures to this file as JSON."""
 
 
 @dataclass
-class Export:
+class Export(verbs.Export):
     """Write a trained model as ONNX with its feature transforms, compared with PyTorch."""
 
-    ckpt_path: str
-    """What to load: a checkpoint, a run folder, or `last`."""
     format: Literal["onnx"] = "onnx"
     """onnx: raw ids and numbers in, a score per task out; unknown ids are unknown, not errors."""
-    output: str | None = None
-    """File to write; default: model.onnx in the run folder."""
-    json: str | None = None
-    """Write the comparison to this file as JSON."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MISSING, UNKNOWN = 0, 1
-"""Rows of every table: of missing values and padding (always zero), and of values never seen in training."""
+"""Row numbers in every table: of missing values and of padding, and of values never seen in training."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from apps.recsys.batch import Batch, InputSpec
 from apps.recsys.data import RecsysData
 from apps.recsys.loading import load_trained
 from apps.recsys.losses import task_losses
-from apps.recsys.models.build import FAMILIES, Ranker, build_model
+from apps.recsys.models.build import FAMILIES, Ranker
 from apps.recsys.optimizers import make_optimizer
 from apps.recsys.settings import RecsysConfig
+from apps.recsys.task import trainable_model
 
 STEPS, CALLS = 12, 20
 """Training steps and ranking calls in a round."""
@@ -33,18 +35,20 @@ def run_benchmark(config: RecsysConfig, args: Benchmark) -> list[dict[str, Any]]
 
     Args:
         config: model and data.
-        args: a trained model, batch sizes (the first ranks, the last trains), rounds, peers. With peers, ours takes
-            what they can: tables of one width, standardised numbers, no sequences.
+        args: a trained model, batch sizes (the first ranks, the last trains), rounds, peers. With peers, ours has fresh
+            weights and takes what they can: tables of one width, standardised numbers, no sequences.
 
     Raises:
         UserError: peers asked for and not installed.
     """
-    trained = None if args.ckpt_path is None else load_trained(args.ckpt_path, config)
+    trained = None if args.ckpt_path is None else load_trained(Path(args.ckpt_path), config)
     data = RecsysData(config.data, config.run.seed, None if trained is None else trained.transform)
     spec = _plain(data.spec, config.data.embed_dim) if args.peers else data.spec
-    models = {FAMILIES[config.model.name].title: build_model(config.model, spec)}
-    if FAMILIES[config.model.name].experts and not config.model.dense:
-        models["dense twin"] = build_model(dataclasses.replace(config.model, dense=True), spec)
+    family = FAMILIES[config.model.name]
+    models = {family.title: trained.model if trained and not args.peers else trainable_model(config, spec)}
+    if family.experts and not config.model.dense:
+        twin = dataclasses.replace(config, model=dataclasses.replace(config.model, dense=True))
+        models["dense twin"] = trainable_model(twin, spec)
     ranked, size = args.batch_sizes[0], args.batch_sizes[-1]
     trains = {name: _training(model, data, config, size) for name, model in models.items()}
     some = data.encoded("train")[: max(args.batch_sizes)]
@@ -80,7 +84,7 @@ def _plain(spec: InputSpec, dim: int) -> InputSpec:
 
 def _training(model: Ranker, data: RecsysData, config: RecsysConfig, size: int) -> Step:
     optimizer = make_optimizer(model, config.optim, 10**6)["optimizer"]
-    batches = data._batches("train", size, shuffle=True)
+    batches = data.shuffled(size)
     keys = _endless(len(batches))
 
     def step() -> None:
@@ -120,7 +124,7 @@ def _peers(config: RecsysConfig, data: RecsysData, size: int, ranked: int) -> tu
 
 
 def _interleaved(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
-    """CPU seconds per call: the mean of a round in training, every call of it where calls are short."""
+    """CPU seconds of every call."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first one warms up
         for name, step in steps.items():

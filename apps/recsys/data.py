@@ -61,7 +61,11 @@ class RecsysData(LightningDataModule):
     @cached_property
     def train_set(self) -> Batches:
         """Shuffled batches to learn from."""
-        return self._batches("train", self.config.batch_size, shuffle=True)
+        return self.shuffled(self.config.batch_size)
+
+    def shuffled(self, size: int) -> Batches:
+        """Training rows in batches of any size, in another order every epoch."""
+        return self._batches("train", size, shuffle=True)
 
     def batches(self, part: str) -> Batches:
         """Batches of train, val or test, in the order of the rows, for evaluation."""

@@ -15,7 +15,7 @@ from apps.recsys.models.build import FAMILIES, Ranker, build_model
 from apps.recsys.settings import RecsysConfig
 from apps.recsys.transform import Transform
 from apps.runs import load_checkpoint
-from apps.training import check_fits
+from apps.training import load_weights
 from apps.tree import restore
 
 
@@ -60,9 +60,5 @@ def load_trained(path: Path, config: RecsysConfig | None = None) -> Trained:
     checkpoint = load_checkpoint(path, "recsys")
     config = config or restore(RecsysConfig, checkpoint["config"])
     transform = Transform.from_plain(checkpoint["transform"])
-    model = build_model(config.model, transform.spec)
-    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    check_fits(state, model, path)
-    model.load_state_dict(state)
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return Trained(model.to("cuda" if on_gpu else "cpu").eval(), config, transform, path)
+    model = load_weights(build_model(config.model, transform.spec), checkpoint, path, config.trainer)
+    return Trained(model, config, transform, path)

@@ -102,7 +102,7 @@ class MMoEConfig:
     one_gate: bool = False
     """The same gate for all tasks (OMoE)."""
     top_k: int | None = None
-    """Experts per row and task, chosen by a sparse gate: hundreds of experts cost what top_k do. null: all of them,
+    """Experts per row and task, chosen by a sparse gate; of the others nothing is computed. null: all of them,
     weighted."""
     balance: float = 0.01
     """top_k: coefficient of the balance loss."""

@@ -8,6 +8,7 @@ from apps.recsys.data_settings import DataConfig
 from apps.recsys.model_settings import ModelConfig
 from apps.recsys.train_settings import LossConfig, RankOptimConfig
 from apps.settings import RunConfig, TrainerConfig
+from moecore.errors import require
 
 
 @dataclass
@@ -26,3 +27,8 @@ class RecsysConfig:
     """Training loop."""
     run: RunConfig = field(default_factory=RunConfig)
     """Run folder and repeatability."""
+
+    def __post_init__(self) -> None:
+        precision = self.trainer.precision
+        good = precision in ("auto", "32", "32-true", "bf16-mixed")
+        require(good, "trainer.precision", precision, "gradients are not scaled here; use 32-true or bf16-mixed")

@@ -5,6 +5,7 @@ A batch is named (epoch, index). Which rows it holds depends on these, the seed 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -53,7 +54,7 @@ class Keys(Sampler[Key]):
             yield epoch, self.rank + i * self.world
 
 
-class Batches(Dataset):
+class Batches(Dataset, ABC):
     """Whole batches of encoded rows, by (epoch, index).
 
     Args:
@@ -72,8 +73,9 @@ class Batches(Dataset):
             return max(self.rows // self.batch_size, min(self.rows, 1))
         return -(-self.rows // self.batch_size)
 
+    @abstractmethod
     def __getitem__(self, key: Key) -> Batch:
-        raise NotImplementedError
+        """The batch of an epoch and number."""
 
 
 class Held(Batches):

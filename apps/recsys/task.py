@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import moecore
 from apps.recsys.balancing import make_balance
-from apps.recsys.batch import Batch
+from apps.recsys.batch import Batch, InputSpec
 from apps.recsys.losses import log_probabilities, task_losses
 from apps.recsys.metrics import auc, log_loss
-from apps.recsys.models.build import build_model
+from apps.recsys.models.build import Ranker, build_model
 from apps.recsys.optimizers import make_optimizer, row_updates
 from apps.recsys.settings import RecsysConfig
 from apps.recsys.transform import Transform
@@ -22,6 +23,12 @@ from apps.tree import plain
 
 NEED_DENSE = ("gradnorm", "pcgrad")
 """Ways to balance tasks that look at gradients, which must not be sparse then."""
+
+
+def trainable_model(config: RecsysConfig, spec: InputSpec) -> Ranker:
+    """A model with fresh weights, its tables with sparse gradients where the settings and their size ask for it."""
+    rows = sum(table.rows for table in spec.tables)
+    return build_model(config.model, spec, row_updates(config.optim, rows) and config.loss.balancing not in NEED_DENSE)
 
 
 class RankTask(LightningModule):
@@ -35,9 +42,7 @@ class RankTask(LightningModule):
     def __init__(self, config: RecsysConfig, transform: Transform) -> None:
         super().__init__()
         self.config, self.transform, self.spec = config, transform, transform.spec
-        rows = sum(table.rows for table in self.spec.tables)
-        sparse = row_updates(config.optim, rows) and config.loss.balancing not in NEED_DENSE
-        self.model = build_model(config.model, self.spec, sparse)
+        self.model = trainable_model(config, self.spec)
         own = self.model.task_weights or (1.0,) * len(self.spec.tasks)
         weights = [task.weight * weight for task, weight in zip(self.spec.tasks, own, strict=True)]
         self.balance = make_balance(config.loss, weights)
@@ -84,7 +89,7 @@ class RankTask(LightningModule):
         self._validated.clear()
         found, losses = [], []
         for i, task in enumerate(self.spec.tasks):
-            inside = labels[:, i] == labels[:, i]
+            inside = ~np.isnan(labels[:, i])
             value = auc(scores[inside, i], labels[inside, i])
             losses.append(log_loss(scores[inside, i], labels[inside, i]))
             if not math.isnan(value):

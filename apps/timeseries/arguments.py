@@ -52,17 +52,11 @@ class Evaluate:
 
 
 @dataclass
-class Export:
+class Export(verbs.Export):
     """Write a trained model as ONNX, compared with PyTorch."""
 
-    ckpt_path: str
-    """What to load: a checkpoint, a run folder, or `last`."""
     format: Literal["onnx"] = "onnx"
     """onnx: every expert computed (dense form); Time-MoE in two files, the whole pass and the cached decoding step."""
-    output: str | None = None
-    """File to write; default: model.onnx in the run folder."""
-    json: str | None = None
-    """Write the comparison to this file as JSON."""
 
 
 @dataclass

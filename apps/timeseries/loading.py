@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from apps.errors import UserError
 from apps.runs import load_checkpoint
 from apps.timeseries.forecasting import Intervals
@@ -14,7 +12,7 @@ from apps.timeseries.models.base import ForecastModel
 from apps.timeseries.models.build import FAMILIES, as_trained, build_model
 from apps.timeseries.models.spec import SeriesSpec
 from apps.timeseries.settings import TimeseriesConfig
-from apps.training import check_fits
+from apps.training import load_weights, on_device
 from apps.tree import restore
 
 
@@ -50,11 +48,8 @@ def load_trained(path: Path, config: TimeseriesConfig | None = None) -> Trained:
     config = config or restore(TimeseriesConfig, checkpoint["config"])
     spec = SeriesSpec.from_plain(checkpoint["spec"])
     model = build_model(as_trained(config.model, checkpoint.get("sizes")), spec)
-    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    check_fits(state, model, path)
-    model.load_state_dict(state)
-    intervals = Intervals.from_plain(checkpoint.get("intervals"))
-    return Trained(_on_device(model, config), config, spec, path, intervals)
+    model = load_weights(model, checkpoint, path, config.trainer)
+    return Trained(model, config, spec, path, Intervals.from_plain(checkpoint.get("intervals")))
 
 
 def load_untrained(config: TimeseriesConfig) -> Trained:
@@ -70,9 +65,4 @@ def load_untrained(config: TimeseriesConfig) -> Trained:
     data = config.data
     spec = SeriesSpec(data.context, data.horizon, data.season or 1)
     model = build_model(config.model, spec)
-    return Trained(_on_device(model, config), config, spec, None, None)
-
-
-def _on_device(model: ForecastModel, config: TimeseriesConfig) -> ForecastModel:
-    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
-    return model.to(device).eval()
+    return Trained(on_device(model, config.trainer), config, spec, None, None)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from apps.runs import load_checkpoint
-from apps.training import check_fits
+from apps.training import load_weights
 from apps.tree import restore
 from apps.vision.models.vimoe import ImageSpec, ViMoE
 from apps.vision.settings import VisionConfig
@@ -40,8 +38,4 @@ def load_trained(path: Path, config: VisionConfig | None = None) -> Trained:
     config = config or restore(VisionConfig, checkpoint["config"])
     without_pretrained = dataclasses.replace(config.model, pretrained=None)
     model = ViMoE(without_pretrained, ImageSpec.from_dict(checkpoint["images"]))
-    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    check_fits(state, model, path)
-    model.load_state_dict(state)
-    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
-    return Trained(model.to(device).eval(), config, path, checkpoint)
+    return Trained(load_weights(model, checkpoint, path, config.trainer), config, path, checkpoint)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.cli import main
+from apps.cli import App, main
 from apps.vision import APP
 
 TINY = {
@@ -57,11 +57,11 @@ class Result:
         return self.err.removeprefix("error: ").rstrip("\n")
 
 
-def run(*argv: object) -> Result:
-    """Run `python -m apps.vision ARGV` in this process."""
+def run(*argv: object, app: App = APP) -> Result:
+    """Run `python -m apps.<app> ARGV` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(APP, [str(arg) for arg in argv])
+        code = main(app, [str(arg) for arg in argv])
     return Result(code, out.getvalue(), err.getvalue())
 
 

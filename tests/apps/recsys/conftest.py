@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apps.cli import main
 from apps.recsys import APP
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
-from tests.apps.conftest import Result
+from tests.apps.conftest import Result, run
 
 TINY = {
     "data.rows": 2000,
@@ -35,12 +33,8 @@ TINY = {
 """A second of training; what the tests rely on is written out, so that other defaults change nothing."""
 
 
-def run_app(*argv: object) -> Result:
-    """Run `python -m apps.recsys ARGV` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(APP, [str(arg) for arg in argv])
-    return Result(code, out.getvalue(), err.getvalue())
+run_app = functools.partial(run, app=APP)
+"""Runs a command line of the app in this process."""
 
 
 @pytest.fixture(scope="session")

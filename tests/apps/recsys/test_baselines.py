@@ -12,6 +12,7 @@ import torch
 
 from apps.recsys.baselines import gradient_boosting, logistic_regression, popularity
 from apps.recsys.batch import Batch, DenseInput, InputSpec, SequenceInput, SparseInput, TableSpec, TaskSpec
+from apps.recsys.loading import load_trained
 from apps.recsys.metrics import auc
 
 SPEC = InputSpec(
@@ -92,6 +93,15 @@ def test_benchmark_measures_training_and_ranking(rec, small, tmp_path):
     assert twin["to_first"] == pytest.approx(twin["samples_per_cpu_s"] / moe["samples_per_cpu_s"])
     assert 0 < moe["call_p50_ms"] <= moe["call_p99_ms"]
     assert (moe["batch"], moe["ranked_rows"]) == (100, 20)
+
+
+def test_benchmark_of_a_trained_model_is_of_that_model(rec, home_run, tmp_path):
+    options = ["--ckpt_path", home_run, "--rounds=1", "--batch_sizes=[20,100]", "--json", tmp_path / "b.json"]
+    done = rec("benchmark", *options)
+    assert (done.code, done.err) == (0, "")
+    moe, _ = json.loads((tmp_path / "b.json").read_text())
+    trained = load_trained(home_run / "checkpoints" / "best.ckpt")
+    assert (moe["model"], moe["parameters"]) == ("HoME", sum(p.numel() for p in trained.model.parameters()))
 
 
 def test_peers_that_are_not_installed_are_one_line(rec, small, tmp_path, monkeypatch):

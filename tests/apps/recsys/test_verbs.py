@@ -97,6 +97,7 @@ def test_logs_that_cannot_be_are_one_line_and_leave_no_run(rec, small, own, tmp_
         (["--model.mmoe.num_experts=0"], "num_experts=0"),
         (["--model.name=home", "--model.home.top_k=0"], "top_k=0"),
         (["--optim.tables=sparse"], "optim.tables=sparse"),
+        (["--trainer.precision=16-mixed"], "trainer.precision='16-mixed'"),
         (["--loss.balancing=luck"], "loss.balancing=luck"),
         (["--data.shares=[0.5,0.5]"], "data.shares"),
     ],

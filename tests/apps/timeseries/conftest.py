@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from apps.cli import main
 from apps.timeseries import APP
 from apps.timeseries.series import Series
-from tests.apps.conftest import Result
+from tests.apps.conftest import Result, run
 
 RECIPE = Path(__file__).parents[3] / "configs" / "timeseries" / "tiny.yaml"
 TINY = {
@@ -61,12 +59,8 @@ TINY = {
 """Half a second of training; what the tests rely on is written out, so that other defaults change nothing."""
 
 
-def run_app(*argv: object) -> Result:
-    """Run `python -m apps.timeseries ARGV` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(APP, [str(arg) for arg in argv])
-    return Result(code, out.getvalue(), err.getvalue())
+run_app = functools.partial(run, app=APP)
+"""Runs a command line of the app in this process."""
 
 
 @pytest.fixture(scope="session")
