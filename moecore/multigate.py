@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moecore.errors import ConfigError, choice, require
+from moecore.factorized import FactorizedInput, Features, linear
 from moecore.multigate_experts import BatchNorm, ExpertStack
 
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs = Tensor | FactorizedInput | Mapping[str, Tensor]
 """One input for all, or one by name of group or gate."""
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -46,8 +47,8 @@ class GateRecord:
 class MultiGate(nn.Module):
     """One level: experts in groups, gates that mix what they see.
 
-    `y_g = sum over the e that g sees of w_ge(x_g) f_e(x_group)`. All experts of a group are one matrix product, the
-    gates that read the same input another, and all mixtures a third. MMoE (Ma et al. 2018) is one group that every gate
+    `y_g = sum over the e that g sees of w_ge(x_g) f_e(x_group)`. The first layers of all experts and gates that read
+    the same input are one matrix product, all mixtures another. MMoE (Ma et al. 2018) is one group that every gate
     sees; CGC (Tang et al. 2020) one shared group and one per task, of which the gate of task k sees its own and the
     shared one; levels on top of each other are PLE.
 
@@ -116,6 +117,8 @@ class MultiGate(nn.Module):
 
     def mixtures(self, x: Inputs, gate_x: Inputs | None = None) -> Float[Tensor, "B G O"]:
         """As `forward`, side by side in the order of the gates."""
+        if gate_x is None and not isinstance(x, Mapping) and all(stack.reads_input for stack in self.experts.values()):
+            return self.mix(*self._run_both(x))
         return self.mix(self.run_experts(x), self.run_gates(x if gate_x is None else gate_x))
 
     def mix(self, outputs: Float[Tensor, "B E O"], weights: Float[Tensor, "B G E"]) -> Float[Tensor, "B G O"]:
@@ -128,7 +131,7 @@ class MultiGate(nn.Module):
 
     def run_experts(self, x: Inputs) -> Float[Tensor, "B E O"]:
         """Outputs of all experts, group by group."""
-        parts = [stack(x if isinstance(x, Tensor) else x[name]) for name, stack in self.experts.items()]
+        parts = [stack(x[name] if isinstance(x, Mapping) else x) for name, stack in self.experts.items()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def columns_of(self, group: str) -> slice:
@@ -139,7 +142,12 @@ class MultiGate(nn.Module):
 
     def run_gates(self, x: Inputs) -> Float[Tensor, "B G E"]:
         """Weights of all gates, 0 for experts that a gate does not see."""
-        logits = self._logits(x)  # [B, all columns of all gates]
+        if isinstance(x, Mapping):
+            return self._weights(torch.cat([gate(x[name]) for name, gate in self.gates.items()], 1))
+        return self._weights(linear(x, *self._gate_map()))
+
+    def _weights(self, logits: Float[Tensor, "B C"]) -> Float[Tensor, "B G E"]:
+        """From the logits of all gates, side by side."""
         if self.norm is not None:
             logits = self.norm(logits)
         if self._all_visible:
@@ -148,14 +156,24 @@ class MultiGate(nn.Module):
         logits = torch.cat([logits, unseen], 1).index_select(1, self.columns.flatten())
         return WEIGHTS[self.weight](logits.view(logits.shape[0], *self.columns.shape))
 
-    def _logits(self, x: Inputs) -> Float[Tensor, "B C"]:
-        gates = list(self.gates.items())
-        if not isinstance(x, Tensor):
-            return torch.cat([gate(x[name]) for name, gate in gates], 1)
+    def _gate_map(self) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"] | None]:
+        """All gates as one linear map: weight and bias."""
+        gates = list(self.gates.values())
         if len(gates) == 1:
-            return gates[0][1](x)
-        bias = None if gates[0][1].bias is None else torch.cat([gate.bias for _, gate in gates])
-        return nn.functional.linear(x, torch.cat([gate.weight for _, gate in gates]), bias)
+            return gates[0].weight, gates[0].bias
+        bias = None if gates[0].bias is None else torch.cat([gate.bias for gate in gates])
+        return torch.cat([gate.weight for gate in gates]), bias
+
+    def _run_both(self, x: Features) -> tuple[Float[Tensor, "B E O"], Float[Tensor, "B G E"]]:
+        """As `run_experts` and `run_gates`; first layers in one product."""
+        weights, biases = zip(*(stack.first for stack in self.experts.values()), self._gate_map(), strict=True)
+        bias = None
+        if any(one is not None for one in biases):
+            pairs = zip(weights, biases, strict=True)
+            bias = torch.cat([weight.new_zeros(len(weight)) if one is None else one for weight, one in pairs])
+        *parts, logits = linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], 1)
+        outputs = [stack.go_on(part) for stack, part in zip(self.experts.values(), parts, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), self._weights(logits)
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but who listens: a copy made inside `moecore.record` is not part of that recording."""

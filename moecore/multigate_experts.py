@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moecore.activations import resolve_activation
 from moecore.errors import require
+from moecore.factorized import FactorizedInput, linear
 
 
 def draw_linear(weight: Float[Tensor, "E U D"], bias: Float[Tensor, "E U"] | None) -> None:
@@ -50,6 +51,9 @@ class ExpertStack(nn.Module):
         linear: the last layer is no more than that: without normalisation, activation and dropout.
     """
 
+    reads_input = True
+    """Whether the first layer reads inputs as they are; if not, `first` is not all that happens to them."""
+
     def __init__(
         self,
         num_experts: int,
@@ -88,26 +92,35 @@ class ExpertStack(nn.Module):
         for i, weight in enumerate(self.weights):
             draw_linear(weight, self.biases[i] if len(self.biases) else None)
 
-    def forward(self, x: Float[Tensor, "B D"] | Float[Tensor, "B E D"]) -> Float[Tensor, "B E O"]:
+    @property
+    def first(self) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"] | None]:
+        """First layer of all experts as one linear map, C = E U: weight and bias."""
+        return self.weights[0].flatten(0, 1), self.biases[0].flatten() if len(self.biases) else None
+
+    def forward(self, x: Float[Tensor, "B D"] | Float[Tensor, "B E D"] | FactorizedInput) -> Float[Tensor, "B E O"]:
         """Outputs of all experts, for one input or one each."""
-        for i, weight in enumerate(self.weights):
-            bias = self.biases[i] if len(self.biases) else None
-            x = self._first(x, weight, bias) if x.dim() == 2 else self._further(x, weight, bias)  # [B, E, U]
+        if isinstance(x, Tensor) and x.dim() == 3:
+            return self._go_on(self._batched(x, 0))
+        return self.go_on(linear(x, *self.first))
+
+    def go_on(self, y: Float[Tensor, "B C"]) -> Float[Tensor, "B E O"]:
+        """Outputs of all experts, from what the map `first` gave."""
+        return self._go_on(y.view(y.shape[0], self.num_experts, self.units[0]))
+
+    def _go_on(self, x: Float[Tensor, "B E U"]) -> Float[Tensor, "B E O"]:
+        for i in range(len(self.weights)):
+            if i > 0:
+                x = self._batched(x, i)
             if i >= self.num_active:
-                return x
+                break
             if len(self.norms):
                 x = self.norms[i](x.flatten(1)).view(x.shape)
             x = self.dropout(self.activation(x))
         return x
 
-    def _first(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "B E U"]:
-        flat = nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return flat.view(x.shape[0], self.num_experts, weight.shape[1])
-
-    @staticmethod
-    def _further(x: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "B E U"]:
-        x, weight = x.transpose(0, 1), weight.transpose(1, 2)  # [E, B, U], [E, U, U']
-        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+    def _batched(self, x: Float[Tensor, "B E _"], layer: int) -> Float[Tensor, "B E U"]:
+        x, weight = x.transpose(0, 1), self.weights[layer].transpose(1, 2)  # [E, B, _], [E, _, U]
+        y = torch.baddbmm(self.biases[layer][:, None], x, weight) if len(self.biases) else torch.bmm(x, weight)
         return y.transpose(0, 1)
 
     def extra_repr(self) -> str:

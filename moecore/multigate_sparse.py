@@ -19,6 +19,7 @@ from moecore.config import MoEConfig
 from moecore.errors import require
 from moecore.executors import execute
 from moecore.experts import ExpertBank
+from moecore.factorized import FactorizedInput, dense
 from moecore.multigate import Inputs, check_level
 from moecore.routing import Assignment, Routing
 
@@ -81,6 +82,7 @@ class SparseMultiGate(nn.Module):
 
     def mixtures(self, x: Inputs, gate_x: Inputs | None = None) -> Float[Tensor, "B G O"]:
         """As `forward`, side by side in the order of the gates."""
+        x = dense(x) if isinstance(x, FactorizedInput) else x
         gate_x = x if gate_x is None else gate_x
         routings = {
             name: router(gate_x if isinstance(gate_x, Tensor) else gate_x[name]) for name, router in self.gates.items()

@@ -65,7 +65,7 @@ class _Logistic(nn.Module):
             nn.init.zeros_(weight)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        flat = self.encoder(batch).flat
+        flat = self.encoder(batch).features
         return flat[:, self.ids].unflatten(1, (-1, self.tasks)).sum(1) + flat[:, self.numbers] @ self.weight + self.bias
 
 

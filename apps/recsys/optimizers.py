@@ -21,8 +21,8 @@ class RankAdamW(torch.optim.AdamW):
 
     A group's `rows` says which: "adagrad", a step `lr g / (sqrt(s) + eps)` with one sum s per row of the mean squares
     of its gradients (row-wise Adagrad, state of one number per row), of sparse gradients or, to the same end, of dense
-    ones; or "adam", with moments that move only when their row is touched (lazy Adam, state of twice the table; AdamW
-    where gradients are dense). Both take `lr` of their group, and no weight decay.
+    ones; or "adam", with moments that move only when their row has a gradient that is not zero (lazy Adam, state of
+    twice the table; AdamW where gradients are dense). Both take `lr` of their group, and no weight decay.
 
     Args:
         groups: as for `torch.optim.AdamW`; those of tables with `rows`.
@@ -50,9 +50,8 @@ class RankAdamW(torch.optim.AdamW):
             if not grad.is_sparse:
                 self._adagrad_whole(group, table, grad)
                 continue
-            grad = grad.coalesce()
             update = self._adam if group["rows"] == "adam" else self._adagrad
-            update(group, table, grad.indices()[0], grad.values())
+            update(group, table, *_touched(grad))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,6 +95,13 @@ class RankAdamW(torch.optim.AdamW):
         state["exp_avg_sq"].index_copy_(0, rows, square)
         size = (square / (1 - second**step)).sqrt() + group["eps"]
         table.index_add_(0, rows, mean / size, alpha=-group["lr"] / (1 - first**step))
+
+
+def _touched(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a sparse gradient that are not zero, and their numbers; small tables are read as a whole."""
+    grad = grad.coalesce()
+    kept = grad.values().any(1)
+    return grad.indices()[0][kept], grad.values()[kept]
 
 
 def _can_fuse(groups: Sequence[dict[str, Any]]) -> bool:

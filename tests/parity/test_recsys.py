@@ -178,7 +178,7 @@ def test_mmoe_of_pymal(shared_data):
     model.load_state_dict(pymal_weights(file, "state_dict"))
     inputs = file["inputs"]
     fields = model.inputs(inputs["user"], inputs["ad"], inputs["seq"], inputs["mm"])
-    errors = {"input": error(model.moae.norm(fields.flat), file["intermediates"]["fused_norm"][0])}
+    errors = {"input": error(model.moae.norm(fields.features), file["intermediates"]["fused_norm"][0])}
     logits = model(inputs["user"], inputs["ad"], inputs["seq"], inputs["mm"]).logits
     views = [file["main_view"], *file["aux_views"]]
     errors |= {view: error(logits[:, i].sigmoid(), file["probs"][view][:, 1]) for i, view in enumerate(views)}

@@ -20,6 +20,7 @@ from apps.recsys.batch import InputSpec, SequenceInput
 from apps.recsys.model_settings import AWMoEConfig
 from apps.recsys.models.base import Fields, Output
 from moecore.errors import ConfigError, require
+from moecore.factorized import beside
 from moecore.multigate import MultiGate
 from moecore.multigate_experts import ExpertStack
 
@@ -117,7 +118,7 @@ class AWMoE(nn.Module):
     """Experts on the user's interest, the candidate and all other features, weighted by the user's behaviours.
 
     `h_j = MLP(e_j)`, interest `v_u = sum_j a(h_j, h_t) h_j` (DIN, not normalised), expert k gives a score per task from
-    `[v_u, h_t, features]`, and the logit is `sum_k g_k s_k` plus a constant of the task. The order of behaviours does
+    `[features, v_u, h_t]`, and the logit is `sum_k g_k s_k` plus a constant of the task. The order of behaviours does
     not matter.
 
     Args:
@@ -150,13 +151,13 @@ class AWMoE(nn.Module):
         """Logits of all tasks; in training, the contrastive loss."""
         seen = fields.behaviours[self.behaviours]
         behaviours, target = self.encode(seen.values), self.encode(seen.target)  # [B, L, h], [B, h]
-        beside = target[:, None].expand_as(behaviours)
-        joint = torch.cat([behaviours, behaviours * beside, beside], -1)
+        candidate = target[:, None].expand_as(behaviours)
+        joint = torch.cat([behaviours, behaviours * candidate, candidate], -1)
         mask = seen.mask.to(behaviours.dtype)
         interest = torch.bmm((self.attend(joint).squeeze(-1) * mask)[:, None], behaviours).squeeze(1)
-        x = torch.cat([interest, target, fields.flat], 1)
+        x = beside(fields.features, interest, target)
         if not self.config.gate:
-            none = x.new_zeros(len(x), self.config.num_experts)
+            none = target.new_zeros(len(target), self.config.num_experts)
             return Output(self.level(x, none)["behaviours"] + self.bias)
         votes = self.level.gates["behaviours"](joint)  # [B, L, K]
         gate = torch.einsum("blk,bl->bk", votes, mask)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apps.recsys.batch import Batch
+from moecore.factorized import FactorizedInput
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Behaviours:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a feature lies in `Fields.flat`."""
+    """Where a feature lies in `Fields.features`."""
 
     name: str
     start: int
@@ -35,7 +36,7 @@ class Slot:
 class Fields:
     """Embedded features of a batch."""
 
-    flat: Float[Tensor, "B D"]
+    features: Float[Tensor, "B D"] | FactorizedInput
     """All features side by side; sequences pooled."""
     behaviours: dict[str, Behaviours] = field(default_factory=dict)
     """Sequences that the encoder was asked to hand on, value by value."""

@@ -44,6 +44,8 @@ class Family:
     """(settings, inputs) -> a module from `Fields` to `Output`."""
     experts: bool = True
     """Whether there are experts, which a dense twin has not."""
+    linear: Callable[[ModelConfig], bool] = lambda _: True
+    """Whether what reads the features first is linear, so that they need not be laid out (`moecore.factorized`)."""
 
 
 def _with_towers(trunk: Callable[[ModelConfig, Inputs], nn.Module]) -> Callable[[ModelConfig, Inputs], nn.Module]:
@@ -61,11 +63,27 @@ FAMILIES: dict[str, Family] = {
         _with_towers(lambda config, inputs: SingleTask(config.single_task.bottom, inputs.spec.tasks, inputs.width)),
         experts=False,
     ),
-    "mmoe": Family("MMoE", _with_towers(lambda config, inputs: MMoE(config.mmoe, inputs.spec.tasks, inputs.width))),
-    "ple": Family("PLE", _with_towers(lambda config, inputs: PLE(config.ple, inputs.spec.tasks, inputs.width))),
-    "home": Family("HoME", _with_towers(lambda config, inputs: HoME(config.home, inputs.spec.tasks, inputs.width))),
+    "mmoe": Family(
+        "MMoE",
+        _with_towers(lambda config, inputs: MMoE(config.mmoe, inputs.spec.tasks, inputs.width)),
+        linear=lambda config: config.mmoe.top_k is None,
+    ),
+    "ple": Family(
+        "PLE",
+        _with_towers(lambda config, inputs: PLE(config.ple, inputs.spec.tasks, inputs.width)),
+        linear=lambda config: config.ple.top_k is None,
+    ),
+    "home": Family(
+        "HoME",
+        _with_towers(lambda config, inputs: HoME(config.home, inputs.spec.tasks, inputs.width)),
+        linear=lambda _: False,
+    ),
     "aw_moe": Family("AW-MoE", lambda config, inputs: AWMoE(config.aw_moe, inputs.spec, inputs.width)),
-    "moae": Family("MoAE", lambda config, inputs: MoAE(config.moae, inputs.spec.tasks, inputs.slots)),
+    "moae": Family(
+        "MoAE",
+        lambda config, inputs: MoAE(config.moae, inputs.spec.tasks, inputs.slots),
+        linear=lambda config: config.moae.squeeze == "none" and not config.moae.input_norm,
+    ),
 }
 """Networks by the name that configurations use."""
 
@@ -111,7 +129,8 @@ def build_model(config: ModelConfig, spec: InputSpec, sparse_gradients: bool = F
     try:
         aware = config.name == "aw_moe" and not config.dense
         hand_on = [behaviour_input(spec, config.aw_moe.behaviours).name] if aware else []
-        encoder = FeatureEncoder(spec, sparse_gradients, hand_on)
+        linear = config.dense or FAMILIES[config.name].linear(config)
+        encoder = FeatureEncoder(spec, sparse_gradients, hand_on, factorize=linear)
         inputs = Inputs(spec, encoder.width, encoder.slots)
         return Ranker(
             encoder, _dense_twin(config, inputs) if config.dense else FAMILIES[config.name].build(config, inputs)

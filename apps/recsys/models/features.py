@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from apps.recsys.batch import MISSING, Batch, DenseInput, InputSpec, SequenceInput, TableSpec
 from apps.recsys.models.base import Behaviours, Fields, Slot
 from apps.recsys.models.encoders import make_pooling
+from moecore.factorized import FactorizedInput
 
 
 class Tables(nn.Module):
@@ -49,29 +50,68 @@ class Tables(nn.Module):
         return weight.index_select(0, rows.flatten()).view(*rows.shape, dim)  # quicker backward than an embedding's
 
 
+SMALL_ROWS, SMALL_WIDTH = 256, 6
+"""Most rows and least width of a table that is worth mapping as a whole instead of what each sample has of it."""
+READS = 8
+"""Samples that must share a row of these tables, on average."""
+
+
 class SparseFeatures(nn.Module):
-    """Single ids, `[B, S]` -> `[B, sum of widths]`, ordered by width."""
+    """Single ids, `[B, S]` -> `[B, sum of widths]`: first those of small tables, ordered by width, then the others."""
 
     def __init__(self, spec: InputSpec, tables: Tables) -> None:
         super().__init__()
-        self.dims: list[int] = sorted({tables.place[one.table][0] for one in spec.sparse})
         self.names: list[tuple[str, int]] = []
-        for dim in self.dims:
-            columns = [i for i, one in enumerate(spec.sparse) if tables.place[one.table][0] == dim]
-            starts = [tables.place[spec.sparse[i].table][1] for i in columns]
-            self.names += [(spec.sparse[i].name, dim) for i in columns]
-            every = len(columns) == len(spec.sparse)
-            self.register_buffer(f"columns_{dim}", None if every else torch.tensor(columns), persistent=False)
-            self.register_buffer(f"starts_{dim}", torch.tensor(starts), persistent=False)
+        self.groups: list[tuple[bool, int]] = []
+        """Features that are looked up together: whether their tables are small, and their width."""
+        self.rows: list[list[int]] = []
+        """Rows of the table of each feature, by group."""
+        self.num_small = 0
+        keys = [_group(spec.table(one.table)) for one in spec.sparse]
+        for group in sorted(set(keys), key=lambda key: (not key[0], key[1])):
+            columns = [i for i, key in enumerate(keys) if key == group]
+            starts = torch.tensor([tables.place[spec.sparse[i].table][1] for i in columns])
+            rows = [spec.table(spec.sparse[i].table).rows for i in columns]
+            number = len(self.groups)
+            self.groups.append(group)
+            self.rows.append(rows)
+            self.names += [(spec.sparse[i].name, group[1]) for i in columns]
+            self.num_small += len(columns) if group[0] else 0
+            self.register_buffer(f"columns_{number}", torch.tensor(columns), persistent=False)
+            self.register_buffer(f"starts_{number}", starts, persistent=False)
+            if group[0]:  # all rows of the features' tables
+                every = torch.cat([start + torch.arange(count) for start, count in zip(starts, rows, strict=True)])
+                self.register_buffer(f"rows_{number}", every, persistent=False)
+        small = [count for group, rows in zip(self.groups, self.rows, strict=True) if group[0] for count in rows]
+        self.total = sum(small)
+        before = torch.tensor(small, dtype=torch.long).cumsum(0) - torch.tensor(small, dtype=torch.long)
+        self.register_buffer("before", before, persistent=False)
 
-    def forward(self, ids: Int[Tensor, "B S"], tables: Tables) -> list[Float[Tensor, "B W"]]:
-        """Embeddings side by side, one tensor per width."""
+    def forward(self, ids: Int[Tensor, "B S"], tables: Tables, skip_small: bool = False) -> list[Float[Tensor, "B W"]]:
+        """Embeddings side by side, a tensor per group."""
         parts = []
-        for dim in self.dims:
-            columns, starts = getattr(self, f"columns_{dim}"), getattr(self, f"starts_{dim}")
-            own = ids if columns is None else ids.index_select(1, columns)
-            parts.append(tables.look_up(dim, own + starts).flatten(1))
+        for number, (small, dim) in enumerate(self.groups):
+            if not (small and skip_small):
+                own = ids.index_select(1, getattr(self, f"columns_{number}"))
+                parts.append(tables.look_up(dim, own + getattr(self, f"starts_{number}")).flatten(1))
         return parts
+
+    def worth_factorizing(self, samples: int) -> bool:
+        """Whether so many samples share rows of small tables often enough."""
+        return self.num_small > 0 and samples * self.num_small >= READS * self.total
+
+    def small(self, ids: Int[Tensor, "B S"], tables: Tables) -> tuple[tuple[Float[Tensor, "_ _"], ...], Tensor]:
+        """Small tables of each feature and ids counted through them, as `FactorizedInput` takes them."""
+        parts, columns = [], []
+        for number, (small, dim) in enumerate(self.groups):
+            if small:
+                parts += tables.look_up(dim, getattr(self, f"rows_{number}")).split(self.rows[number])
+                columns.append(getattr(self, f"columns_{number}"))
+        return tuple(parts), ids.index_select(1, torch.cat(columns)) + self.before
+
+
+def _group(table: TableSpec) -> tuple[bool, int]:
+    return table.rows <= SMALL_ROWS and table.dim >= SMALL_WIDTH, table.dim
 
 
 class Numbers(nn.Module):
@@ -150,14 +190,22 @@ class FeatureEncoder(nn.Module):
         sparse_gradients: see `Tables`.
         hand_on: sequences that `Fields.behaviours` holds value by value; of others only the values that are there are
             computed.
+        factorize: small tables are handed on instead of their rows laid out, where a batch shares these often enough.
 
     Attributes:
         width: D.
-        slots: where each feature lies in `Fields.flat`.
+        slots: where each feature lies in `Fields.features`.
     """
 
-    def __init__(self, spec: InputSpec, sparse_gradients: bool = False, hand_on: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        spec: InputSpec,
+        sparse_gradients: bool = False,
+        hand_on: Sequence[str] = (),
+        factorize: bool = False,
+    ) -> None:
         super().__init__()
+        self.factorize = factorize
         self.hands_on = frozenset(hand_on)
         self.tables = Tables(spec.tables, sparse=sparse_gradients)
         self.sparse = SparseFeatures(spec, self.tables)
@@ -179,7 +227,9 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Fields:
         """Embed a batch."""
-        parts = self.sparse(batch.sparse, self.tables)
+        may = self.factorize and not torch.compiler.is_exporting()
+        few = may and self.sparse.worth_factorizing(len(batch))
+        parts = self.sparse(batch.sparse, self.tables, skip_small=few)
         for kind, module in self.dense.items():
             parts.append(module(batch.dense.index_select(1, getattr(self, f"dense_{kind}"))))
         behaviours = {}
@@ -193,7 +243,8 @@ class FeatureEncoder(nn.Module):
             else:
                 row, place = (rows != MISSING).nonzero(as_tuple=True)
                 parts.append(pooling.packed(self._values(one, rows[row, place]), row, len(rows), target))
-        return Fields(torch.cat(parts, 1), behaviours)
+        flat = torch.cat(parts, 1) if parts else batch.dense.new_zeros(len(batch), 0)
+        return Fields(FactorizedInput(*self.sparse.small(batch.sparse, self.tables), flat) if few else flat, behaviours)
 
     def _candidate(self, batch: Batch, one: SequenceInput) -> Float[Tensor, "B d"]:
         return self._values(one, batch.sparse[:, self.positions[one.target]])

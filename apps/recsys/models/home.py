@@ -15,6 +15,7 @@ from apps.recsys.batch import TaskSpec
 from apps.recsys.model_settings import HoMEConfig
 from apps.recsys.models.levels import make_level
 from apps.recsys.models.names import safe_names
+from moecore.factorized import FactorizedInput, dense
 from moecore.multigate_parts import FeatureGate, SelfGate
 
 SHARED = "shared"
@@ -160,8 +161,9 @@ class HoME(nn.Module):
         gate_width = 2 * width if self.hierarchy else width
         return HoMELevel(config, counts, sees, {task: task for task in self.kind}, sources, widths, gate_width)
 
-    def forward(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B T W"]:
+    def forward(self, v: Float[Tensor, "B D"] | FactorizedInput) -> Float[Tensor, "B T W"]:
         """Mixtures by task."""
+        v = dense(v)
         z = self.meta({"features": v}, dict.fromkeys([*self.meta.own], v))
         pairs = {name: torch.cat([z[SHARED], one], 1) for name, one in z.items() if name != SHARED}
         inputs = {SHARED: z[SHARED]} | (pairs if self.both else {name: z[name] for name in pairs})

@@ -14,6 +14,7 @@ from apps.recsys.batch import TaskSpec
 from apps.recsys.model_settings import MMoEConfig, PLEConfig
 from apps.recsys.models.levels import make_level
 from apps.recsys.models.names import safe_names
+from moecore.factorized import FactorizedInput
 
 
 class MMoE(nn.Module):
@@ -35,7 +36,7 @@ class MMoE(nn.Module):
         )
         self.one_gate, self.out_width = config.one_gate, self.level.out_width
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B T W"] | Float[Tensor, "B W"]:
+    def forward(self, x: Float[Tensor, "B D"] | FactorizedInput) -> Float[Tensor, "B T W"] | Float[Tensor, "B W"]:
         """Mixtures by task, or the one of all."""
         mixed = self.level.mixtures(x)
         return mixed[:, 0] if self.one_gate else mixed
@@ -70,7 +71,7 @@ class PLE(nn.Module):
             width = level.out_width
         self.out_width = width
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B T W"]:
+    def forward(self, x: Float[Tensor, "B D"] | FactorizedInput) -> Float[Tensor, "B T W"]:
         """Mixtures by task."""
         *before, last = self.levels
         for level in before:

@@ -19,6 +19,7 @@ from apps.recsys.model_settings import MLPConfig, MoAEConfig
 from apps.recsys.models.base import Fields, Output, Slot
 from apps.recsys.models.names import safe_names
 from moecore.errors import require
+from moecore.factorized import dense
 from moecore.multigate import MultiGate
 from moecore.multigate_experts import ExpertStack
 
@@ -59,6 +60,8 @@ class Squeeze(nn.Module):
 
 class SqueezedStack(ExpertStack):
     """Experts that each weight the features first."""
+
+    reads_input = False
 
     def __init__(self, num_experts: int, width: int, experts: MLPConfig, squeeze: Squeeze) -> None:
         super().__init__(num_experts, width, experts.units, experts.activation, experts.norm, experts.dropout)
@@ -151,5 +154,5 @@ class MoAE(nn.Module):
 
     def forward(self, fields: Fields) -> Output:
         """Logits of all attributions."""
-        x = fields.flat if self.norm is None else self.norm(fields.flat)
+        x = fields.features if self.norm is None else self.norm(dense(fields.features))
         return Output(self.towers(torch.stack(list(self.level(x).values()), 1)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apps.recsys.batch import TaskSpec
 from apps.recsys.model_settings import MLPConfig, TowerConfig
 from apps.recsys.models.base import Fields, Output
+from moecore.factorized import FactorizedInput
 from moecore.multigate_experts import ExpertStack
 
 
@@ -31,7 +32,7 @@ class SharedBottom(nn.Module):
         self.bottom = make_stack(config, 1, width)
         self.out_width = self.bottom.out_width
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B W"]:
+    def forward(self, x: Float[Tensor, "B D"] | FactorizedInput) -> Float[Tensor, "B W"]:
         """[B, D] -> [B, W], the same for all towers."""
         return self.bottom(x)[:, 0]
 
@@ -44,7 +45,7 @@ class SingleTask(nn.Module):
         self.bottoms = make_stack(config, len(tasks), width)
         self.out_width = self.bottoms.out_width
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B T W"]:
+    def forward(self, x: Float[Tensor, "B D"] | FactorizedInput) -> Float[Tensor, "B T W"]:
         """[B, D] -> [B, T, W]."""
         return self.bottoms(x)
 
@@ -74,4 +75,4 @@ class WithTowers(nn.Module):
 
     def forward(self, fields: Fields) -> Output:
         """Logits of all tasks."""
-        return Output(self.towers(self.trunk(fields.flat)))
+        return Output(self.towers(self.trunk(fields.features)))

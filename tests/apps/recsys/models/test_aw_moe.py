@@ -38,7 +38,7 @@ def fields(lengths: tuple[int, ...] = (4, 3, 2, 1, 0), length: int = L) -> Field
 
 
 def changed(given: Fields, **changes) -> Fields:
-    return Fields(given.flat, {"seen": dataclasses.replace(given.behaviours["seen"], **changes)})
+    return Fields(given.features, {"seen": dataclasses.replace(given.behaviours["seen"], **changes)})
 
 
 def test_as_written_one_behaviour_at_a_time():
@@ -57,7 +57,7 @@ def test_as_written_one_behaviour_at_a_time():
             interest = interest + ours.attend(joint) * h
             first, second = units.hidden(joint).relu().chunk(2)
             gate = gate + units.activation(first) * units.vote(second)
-        scores = stack(torch.cat([interest, target, given.flat[row]])[None])[0]  # [K, T]
+        scores = stack(torch.cat([given.features[row], interest, target])[None])[0]  # [K, T]
         torch.testing.assert_close(ours(given).logits[row], gate @ scores + ours.bias)
 
 

@@ -10,6 +10,7 @@ import torch
 from apps.recsys.batch import Batch, DenseInput, InputSpec, SequenceInput, SparseInput, TableSpec, TaskSpec
 from apps.recsys.models.encoders import make_pooling
 from apps.recsys.models.features import FeatureEncoder
+from moecore.factorized import FactorizedInput, linear
 
 NAN = float("nan")
 SPEC = InputSpec(
@@ -50,7 +51,7 @@ def part(encoder: FeatureEncoder, flat: torch.Tensor, name: str) -> torch.Tensor
 
 def test_every_id_is_a_row_of_its_own_table():
     encoder, given = FeatureEncoder(SPEC), batch()
-    flat = encoder(given).flat
+    flat = encoder(given).features
     assert flat.shape == (5, encoder.width)
     assert {slot.name for slot in encoder.slots} == {one.name for one in (*SPEC.sparse, *SPEC.dense, *SPEC.sequences)}
     wide, narrow = encoder.tables.weights["4"], encoder.tables.weights["3"]
@@ -69,7 +70,7 @@ def test_numbers_are_encoded_as_written():
     with torch.no_grad():
         encoder.dense["numbers"].missing.fill_(0.25)
         encoder.dense["piecewise"].missing.fill_(-1)
-    flat = encoder(given).flat
+    flat = encoder(given).features
     assert part(encoder, flat, "age").flatten().tolist() == [0, 2, 0.25, 10]  # the last one is cut off
     torch.testing.assert_close(part(encoder, flat, "income").flatten(), torch.tensor([-3.5, -4.5, -4.0, 0.25]))
     assert part(encoder, flat, "price").tolist() == [[0, 0, 0], [1, 0.5, 0], [1, 1, 1], [-1, -1, -1]]
@@ -105,13 +106,13 @@ def test_padding_changes_nothing_and_empty_sequences_are_finite(hand_on):
     fields = encoder(given)
     longer = {name: torch.nn.functional.pad(ids, (0, 3)) for name, ids in given.sequences.items()}
     again = encoder(Batch(given.sparse, given.dense, longer))
-    torch.testing.assert_close(fields.flat, again.flat)
-    assert fields.flat.isfinite().all()
+    torch.testing.assert_close(fields.features, again.features)
+    assert fields.features.isfinite().all()
     assert set(hand_on) <= set(fields.behaviours)
     if hand_on:
         seen = fields.behaviours["seen"]
         assert seen.mask.sum(1).tolist() == [0, 1, 6, 2, 3]
-        torch.testing.assert_close(seen.target, part(encoder, fields.flat, "item"))
+        torch.testing.assert_close(seen.target, part(encoder, fields.features, "item"))
 
 
 def test_target_attention_as_written():
@@ -127,11 +128,11 @@ def test_target_attention_as_written():
 
 def test_gradients_of_rows_can_be_sparse():
     encoder, given = FeatureEncoder(SPEC, sparse_gradients=True), batch()
-    encoder(given).flat.square().sum().backward()
+    encoder(given).features.square().sum().backward()
     grad = encoder.tables.weights["4"].grad
     dense = FeatureEncoder(SPEC)
     dense.load_state_dict(encoder.state_dict())
-    dense(given).flat.square().sum().backward()
+    dense(given).features.square().sum().backward()
     assert grad.is_sparse
     torch.testing.assert_close(grad.to_dense(), dense.tables.weights["4"].grad)
 
@@ -143,9 +144,55 @@ def test_features_export(untyped):
             self.encoder = encoder
 
         def forward(self, sparse, dense, seen, tags, liked):
-            return self.encoder(Batch(sparse, dense, {"seen": seen, "tags": tags, "liked": liked})).flat
+            return self.encoder(Batch(sparse, dense, {"seen": seen, "tags": tags, "liked": liked})).features
 
     encoder, given = FeatureEncoder(SPEC).eval(), batch()
     inputs = (given.sparse, given.dense, *given.sequences.values())
     exported = torch.export.export(Flat(encoder), inputs, dynamic_shapes=[{0: torch.export.Dim("batch")}] * 5)
-    torch.testing.assert_close(exported.module()(*(one[:3] for one in inputs)), encoder(given[:3]).flat)
+    torch.testing.assert_close(exported.module()(*(one[:3] for one in inputs)), encoder(given[:3]).features)
+
+
+def wide(rows: int) -> tuple[InputSpec, Batch]:
+    """Small and large tables of two widths, one of which two features share."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"user": (5000, 8), "city": (9, 8), "hour": (24, 6), "sex": (3, 2)}
+    features = ["user", "city", "sex", "hour", "home"]
+    tables = {name: "city" if name == "home" else name for name in features}
+    spec = InputSpec(
+        tables=tuple(TableSpec(name, *size) for name, size in sizes.items()),
+        sparse=tuple(SparseInput(name, table) for name, table in tables.items()),
+        dense=(DenseInput("age", "standard", 30.0, 10.0),),
+        sequences=(SequenceInput("seen", "city", 4, "mean"),),
+        tasks=SPEC.tasks,
+    )
+    ids = [torch.randint(0, sizes[table][0], (rows,), generator=generator) for table in tables.values()]
+    seen = torch.randint(0, 9, (rows, 4), generator=generator)
+    return spec, Batch(torch.stack(ids, 1), torch.randn(rows, 1, generator=generator), {"seen": seen})
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_small_tables_are_handed_on_where_samples_share_their_rows(sparse):
+    spec, given = wide(200)
+    encoder = FeatureEncoder(spec, sparse_gradients=sparse, factorize=True)
+    plain = FeatureEncoder(spec, sparse_gradients=sparse)
+    plain.load_state_dict(encoder.state_dict())
+    ours, theirs = encoder(given).features, plain(given).features
+    assert isinstance(ours, FactorizedInput)
+    assert [len(table) for table in ours.tables] == [24, 9, 9]  # by width; not the large one, not the narrow one
+    torch.testing.assert_close(ours.dense(), theirs)
+    weight = torch.randn(16, encoder.width, generator=torch.Generator().manual_seed(1))
+    for features in (ours, theirs):
+        linear(features, weight).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        grad = encoder.get_parameter(name).grad
+        assert grad.is_sparse == parameter.grad.is_sparse == (sparse and "tables" in name), name
+        torch.testing.assert_close(grad.to_dense(), parameter.grad.to_dense(), atol=1e-4, rtol=1e-4)
+
+
+def test_few_samples_are_laid_out():
+    spec, given = wide(200)
+    encoder = FeatureEncoder(spec, factorize=True)
+    assert isinstance(encoder(given[:50]).features, torch.Tensor)
+    torch.testing.assert_close(encoder(given[:50]).features, encoder(given).features.dense()[:50])
+    logistic = FeatureEncoder(SPEC, factorize=True)  # of no table wide enough
+    assert isinstance(logistic(batch()).features, torch.Tensor)

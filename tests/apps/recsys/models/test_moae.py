@@ -101,13 +101,13 @@ def test_published_inputs_read_sequences_as_the_ad_asks():
     user, ad = torch.randint(0, 20, (B, 2)), torch.randint(0, 20, (B, 3))
     seen, cosines = torch.randint(0, 20, (B, 2, 5)), torch.rand(B, 1, 5) * 2 - 1
     cosines[0, 0] = torch.tensor([-1.0, 1.0, 0.99, 0.0, 0.1])
-    flat = inputs(user, ad, seen, cosines).flat
+    flat = inputs(user, ad, seen, cosines).features
     assert flat.shape == (B, inputs.slots[-1].stop)
     counts = 2 ** (flat[0, -8:] / inputs.histograms[0].weight) - 1
     torch.testing.assert_close(counts, torch.tensor([1.0, 0, 0, 0, 2, 0, 0, 2]), atol=1e-4, rtol=0)
     order = torch.randperm(5)
-    torch.testing.assert_close(flat, inputs(user, ad, seen[..., order], cosines).flat)
-    query = inputs(user, ad.flip(0), seen, cosines).flat
+    torch.testing.assert_close(flat, inputs(user, ad, seen[..., order], cosines).features)
+    query = inputs(user, ad.flip(0), seen, cosines).features
     assert not torch.allclose(query[:, 20:28], flat[:, 20:28])
     model(user, ad, seen, cosines).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
