@@ -1,0 +1,1 @@
+"""Visual reinforcement learning with a mixture-of-experts backbone."""
