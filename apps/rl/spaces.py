@@ -47,13 +47,13 @@ class EnvSpec:
 class Transitions:
     """A batch to learn from, n steps each, fewer where the episode ends earlier."""
 
-    obs: Shaped[np.ndarray, "B *stacked"]
+    obs: Shaped[np.ndarray, "B ..."]
     action: Float[np.ndarray, "B A"]
     """The first of the n actions."""
     reward: Float[np.ndarray, " B"]
     """Discounted sum over the n steps."""
     discount: Float[np.ndarray, " B"]
     """Of the value of `next_obs`: gamma to the steps taken, 0 after a terminal state; truncation bootstraps."""
-    next_obs: Shaped[np.ndarray, "B *stacked"]
+    next_obs: Shaped[np.ndarray, "B ..."]
     task: Int[np.ndarray, " B"]
     """Number of the task."""

@@ -1,0 +1,76 @@
+"""Settings of the rl app. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apps.rl.agent_settings import AgentConfig
+from apps.rl.env_settings import EnvConfig
+from apps.settings import RunConfig, TrainerConfig
+from moecore.errors import require
+
+
+@dataclass
+class CollectConfig:
+    """What the agent does in its environment, and what it learns from that. A step is one action of one environment."""
+
+    steps: int = 12_000
+    """Agent steps of the whole run; `env.action_repeat` times as many frames."""
+    num_envs: int = 1
+    """Environments that are stepped together."""
+    asynchronous: bool = False
+    """Each environment in a process of its own."""
+    random_steps: int = 1000
+    """First steps, of random actions and without learning."""
+    update_every: int = 2
+    """Steps between updates."""
+    batch_size: int = 64
+    """Transitions per update."""
+    capacity: int = 100_000
+    """Steps that the replay on disk holds."""
+    eval_every: int = 1000
+    """Steps between evaluations."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation, the same starts every time."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_envs", "update_every", "batch_size", "eval_every", "eval_episodes"):
+            require(getattr(self, name) >= 1, f"collect.{name}", getattr(self, name), "must be at least 1")
+        good = self.batch_size <= self.random_steps < self.steps
+        ask = f"must lie between batch_size={self.batch_size} and steps={self.steps}"
+        require(good, "collect.random_steps", self.random_steps, ask)
+        good = self.capacity >= self.random_steps
+        require(good, "collect.capacity", self.capacity, f"must hold random_steps={self.random_steps}")
+        require(self.eval_every >= self.update_every, "collect.eval_every", self.eval_every, "at least update_every")
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return max((self.steps - self.random_steps) // self.update_every, 1)
+
+
+@dataclass
+class RLConfig:
+    """Everything that defines a run."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Environment."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """Agent."""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    """Collection, replay, evaluation."""
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=1, gradient_clip_val=None))
+    """Training loop."""
+    run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=500))
+    """Run folder and repeatability."""
+
+    def __post_init__(self) -> None:
+        one = self.trainer
+        for name, good in (("max_epochs", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+            value = getattr(one, name)
+            require(
+                value == good, f"trainer.{name}", value, f"leave it at {good}; collect.steps is the length of a run"
+            )
+        good = one.precision in ("auto", "32", "32-true")
+        require(good, "trainer.precision", one.precision, "agents train in 32-true")
+        require(str(one.devices) in ("1", "auto"), "trainer.devices", one.devices, "an agent trains on one device")
