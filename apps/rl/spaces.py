@@ -5,7 +5,9 @@ B transitions, A numbers of an action, K frames of a stack, C channels, H and W 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -41,6 +43,11 @@ class EnvSpec:
     def stacked(self) -> tuple[int, ...]:
         """Shape of what an agent sees: `[K C, H, W]`, oldest frame first, or `[K N]`."""
         return (self.frame_stack * self.frame[0], *self.frame[1:])
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> EnvSpec:
+        """Out of what a file kept of it, lists for tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)

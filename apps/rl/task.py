@@ -46,8 +46,8 @@ class RLTask(LightningModule):
         """One update."""
         data, agent = self.trainer.datamodule, self.model
         for episode in data.take_ended():
-            agent.remember(episode.total)
-            self.log("train/return", episode.total, prog_bar=True, batch_size=1)
+            agent.remember(episode.ret)
+            self.log("train/return", episode.ret, prog_bar=True, batch_size=1)
             self.log("train/length", float(episode.length), batch_size=1)
         std = agent.noise(data.collector.steps)
         with moecore.record(agent.actor) as routings:
