@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
-import apps.rl.envs
 from apps.errors import UserError
 from apps.rl.env_settings import EnvConfig
-from apps.rl.envs.headless import choose_gl
-
-assert apps.rl.envs  # imported for its registrations
+from apps.rl.envs.headless import choose_gl, load_mujoco
 
 
 class Package(NamedTuple):
@@ -35,6 +32,8 @@ PACKAGES = (
     Package(_ROBOTS, ("gymnasium_robotics",), f'pip install {_MUJOCO} "gymnasium-robotics==1.4.2"'),
     Package(("ALE/",), ("ale_py",), "pip install ale-py"),
 )
+_SIMULATED = ("dm_control/", "Meta-World/", *_ROBOTS)
+"""Ids of MuJoCo."""
 
 
 def open_env(config: EnvConfig, render: bool) -> gymnasium.Env:
@@ -58,13 +57,17 @@ def open_env(config: EnvConfig, render: bool) -> gymnasium.Env:
         return gymnasium.make(config.id, disable_env_checker=True, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise UserError(f"env.id={config.id}: no such environment{_similar(config.id)}") from error
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, AttributeError) as error:  # the latter of unmatched versions
         raise UserError(f"env.id={config.id}: {_line(error)}") from error
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"env.kwargs={config.kwargs}: {config.id} does not take them: {_line(error)}") from error
 
 
 def _load_package(env_id: str) -> None:
+    """Import what registers an id, MuJoCo first: dm_control makes a GL context with each environment, drawn or not."""
+    spec = gymnasium.registry.get(env_id)
+    if env_id.startswith(_SIMULATED) or "mujoco" in str(spec and spec.entry_point):
+        load_mujoco()
     for package in PACKAGES:
         if not env_id.startswith(package.prefixes):
             continue

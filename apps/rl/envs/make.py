@@ -12,12 +12,15 @@ from jaxtyping import Float, Shaped
 from apps.errors import UserError
 from apps.rl.env_settings import EnvConfig
 from apps.rl.envs.catalogue import open_env
+from apps.rl.envs.mujoco import Camera, is_meta_world
 from apps.rl.envs.pictures import as_frame, painter
 from apps.rl.envs.raster import Image
 from apps.rl.spaces import EnvSpec
 
 VIDEO_SIZE = 192
 """Least height and width of pictures for videos."""
+_SUCCESS = {"success", "is_success"}
+"""Under what names environments report it."""
 
 
 def make_env(config: EnvConfig, render: bool = False) -> AgentEnv:
@@ -34,16 +37,17 @@ def make_env(config: EnvConfig, render: bool = False) -> AgentEnv:
 
 
 def env_spec(env: AgentEnv, config: EnvConfig) -> EnvSpec:
-    """What agents and replay need to know; environments of several tasks name them in `tasks`."""
-    tasks = tuple(str(task) for task in getattr(env.unwrapped, "tasks", ()))
-    return EnvSpec(config.id, env.observation_space.shape, config.frame_stack, env.action_space.shape[0], tasks)
+    """What agents and replay need to know."""
+    (actions,) = env.action_space.shape
+    return EnvSpec(config.id, env.observation_space.shape, config.frame_stack, actions, env.task_names)
 
 
 class AgentEnv(gymnasium.Wrapper):
     """Frames of pixels, uint8 `[C, H, W]`, or states, float32 `[N]`; actions float32 `[A]` in [-1, 1].
 
     Each action is taken `config.action_repeat` times, until the episode ends; rewards are added up. `info` has the
-    number of the task, 0 if there is only one, and `success` if the environment reports it: of any of the steps.
+    number of the task, for environments that hold several and name them in `task_names`, else 0, and `success` if the
+    environment reports it: of any of the steps.
 
     Args:
         env: The environment.
@@ -56,11 +60,10 @@ class AgentEnv(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, config: EnvConfig) -> None:
         super().__init__(env)
         self.config = config
+        self.task_names: tuple[str, ...] = tuple(getattr(env.unwrapped, "task_names", ()))
         self.choices = _action_space(env, config)
-        self.action_space = Box(
-            -1, 1, (self.choices.n if isinstance(self.choices, Discrete) else _width(self.choices),)
-        )
-        self.paint = painter(env, config.camera, config.cheap)
+        self.action_space = Box(-1, 1, (_width(self.choices),), np.float32)
+        self.painter = painter(env, config.camera, config.cheap)
         if config.obs == "pixels":
             self.observation_space = Box(0, 255, (1 if config.gray else 3, config.size, config.size), np.uint8)
         else:
@@ -70,10 +73,10 @@ class AgentEnv(gymnasium.Wrapper):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Shaped[np.ndarray, "*frame"], dict[str, Any]]:
         """First frame of an episode."""
-        if seed is not None and hasattr(self.unwrapped, "seed"):
-            self.unwrapped.seed(seed)  # Meta-World takes no heed of the seed of reset
+        if seed is not None and is_meta_world(self.unwrapped):
+            self.unwrapped.seed(seed)  # it takes no heed of the seed of reset
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._frame(obs), _noted(info, bool(_number(info.get("success", False))))
+        return self._frame(obs), self._noted(info, _succeeded(info))
 
     def step(
         self, action: Float[np.ndarray, " A"]
@@ -83,26 +86,29 @@ class AgentEnv(gymnasium.Wrapper):
         for _ in range(self.config.action_repeat):
             obs, reward, terminated, truncated, info = self.env.step(taken)
             total += _number(reward)
-            success = success or bool(_number(info.get("success", False)))
+            success = success or _succeeded(info)
             if terminated or truncated:
                 break
-        return self._frame(obs), total, bool(terminated), bool(truncated), _noted(info, success)
+        return self._frame(obs), total, bool(terminated), bool(truncated), self._noted(info, success)
 
     def render(self) -> Image:
         """The environment as it stands, for videos: `[H, W, 3]`."""
-        return self.paint(max(VIDEO_SIZE, self.config.size))
+        return self.painter.draw_at(max(VIDEO_SIZE, self.config.size))
 
     def close(self) -> None:
         """Free what draws, then the environment."""
-        camera = getattr(self.paint, "__self__", None)
-        if hasattr(camera, "close") and camera is not self.unwrapped:
-            camera.close()
+        if isinstance(self.painter, Camera):
+            self.painter.close()
         super().close()
 
     def _frame(self, obs: Any) -> Shaped[np.ndarray, "*frame"]:
         if self.config.obs == "pixels":
-            return as_frame(self.paint(self.config.size), self.config.gray)
+            return as_frame(self.painter.draw_at(self.config.size), self.config.gray)
         return np.asarray(flatten(self.env.observation_space, obs), dtype=np.float32)
+
+    def _noted(self, info: dict[str, Any], success: bool) -> dict[str, Any]:
+        noted = {**info, "task": int(info["task"]) if self.task_names else 0}
+        return {**noted, "success": success} if _SUCCESS & info.keys() else noted
 
     def _native(self, action: Float[np.ndarray, " A"]) -> Any:
         """The environment's own action: its largest choice, or a vector within its bounds."""
@@ -132,10 +138,8 @@ def _width(space: Box | Discrete) -> int:
     return int(space.n if isinstance(space, Discrete) else np.prod(space.shape))
 
 
-def _noted(info: dict[str, Any], success: bool) -> dict[str, Any]:
-    """Info with the task's number, and success if it was reported."""
-    noted = {**info, "task": int(info.get("task", 0))}
-    return {**noted, "success": success} if "success" in info else noted
+def _succeeded(info: dict[str, Any]) -> bool:
+    return any(_number(info.get(key, False)) > 0 for key in _SUCCESS)
 
 
 def _number(value: Any) -> float:

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 
 from apps.errors import UserError
-from apps.rl.envs.headless import load_triton_first, no_picture
+from apps.rl.envs.headless import load_triton_first, no_picture, require_display
 from apps.rl.envs.raster import Image
 
 _META_WORLD_VIEW = (0.75, 0.075, 0.7)
@@ -18,7 +18,7 @@ _META_WORLD_VIEW = (0.75, 0.075, 0.7)
 
 def is_mujoco(env: gymnasium.Env) -> bool:
     """Whether a MuJoCo model can be found in an environment."""
-    return "mujoco" in sys.modules and _model(env) is not None
+    return sys.modules.get("mujoco") is not None and _model(env) is not None
 
 
 class Camera:
@@ -31,16 +31,15 @@ class Camera:
         cheap: Draw without shadows, reflections and multisampling.
 
     Raises:
-        UserError: There is no such camera, or nothing here that draws without a display.
+        UserError: There is no such camera, or no display and nothing that draws without.
     """
 
     def __init__(self, env: gymnasium.Env, camera: str | None = None, cheap: bool = True) -> None:
-        load_triton_first()
         self.env, self.name, self.cheap = env.unwrapped, camera, cheap
         self.model: Any = None
         self.renderers: dict[int, Any] = {}
 
-    def draw(self, size: int) -> Image:
+    def draw_at(self, size: int) -> Image:
         """The scene as it stands, `[size, size, 3]`."""
         model, data = _model(self.env)
         if model is not self.model:  # some environments compile a new model in reset
@@ -51,7 +50,7 @@ class Camera:
         renderer = self.renderers[size]
         renderer.update_scene(data, self._view(model, data))
         image = renderer.render()
-        return np.ascontiguousarray(image[::-1, ::-1]) if self.upside_down else image
+        return np.ascontiguousarray(image[::-1, ::-1]) if self._upside_down(data) else image
 
     def close(self) -> None:
         """Free what draws."""
@@ -63,11 +62,12 @@ class Camera:
         """Settings of a model, before its first renderer copies them."""
         import mujoco
 
+        require_display()
+        load_triton_first()
         self.model = model
         self.camera = self._camera(model)
-        corner = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2") if _is_meta_world(self.env) else -1
-        self.upside_down = corner >= 0 and self.camera == corner
-        if self.upside_down:
+        corner = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2")
+        if is_meta_world(self.env) and self.camera == corner:
             model.cam_pos[corner] = _META_WORLD_VIEW
         if self.cheap:
             model.light_castshadow[:] = 0
@@ -98,11 +98,15 @@ class Camera:
                 names = [model.camera(index).name or str(index) for index in range(model.ncam)]
                 raise UserError(f"env.camera={self.name}: choose one of {', '.join([*names, '-1 (free)'])}")
             return found
-        if _is_meta_world(self.env):
+        if is_meta_world(self.env):
             return number("corner2")
         if hasattr(self.env, "physics"):
             return 2 if type(self.env.physics).__module__.endswith(".quadruped") else 0
         return number("track")
+
+    def _upside_down(self, data: Any) -> bool:
+        """Whether the camera stands on its head, as corner cameras of Meta-World do: its y axis points down."""
+        return is_meta_world(self.env) and self.camera >= 0 and data.cam_xmat[self.camera][7] < -0.1
 
     def _view(self, model: Any, data: Any) -> Any:
         """What a renderer takes for a camera; the free one as the environment's own settings place it."""
@@ -126,15 +130,12 @@ def _model(env: gymnasium.Env) -> tuple[Any, Any] | None:
     """Model and data, of whichever package the environment comes from."""
     import mujoco
 
-    env = env.unwrapped
-    physics = getattr(env, "physics", None)
-    model, data = (physics.model.ptr, physics.data.ptr) if physics is not None else _attributes(env)
+    holder = getattr(env.unwrapped, "physics", env.unwrapped)
+    model, data = getattr(holder, "model", None), getattr(holder, "data", None)
+    model, data = getattr(model, "ptr", model), getattr(data, "ptr", data)
     return (model, data) if isinstance(model, mujoco.MjModel) else None
 
 
-def _attributes(env: Any) -> tuple[Any, Any]:
-    return getattr(env, "model", None), getattr(env, "data", None)
-
-
-def _is_meta_world(env: Any) -> bool:
+def is_meta_world(env: gymnasium.Env) -> bool:
+    """Whether an environment is one of Meta-World."""
     return type(env).__module__.startswith("metaworld")

@@ -20,7 +20,7 @@ class PixelPendulum(PendulumEnv):
         super().__init__(render_mode="rgb_array" if render_mode else None, g=g)
         self.render_size = render_size
 
-    def draw(self, size: int) -> Image:
+    def draw_at(self, size: int) -> Image:
         """The pendulum as it stands, `[size, size, 3]`: angle 0 is up, positive angles lean left."""
         angle, scale, middle = float(self.state[0]), size / (2 * _VIEW), size / 2
         tip = (middle - scale * math.sin(angle), middle - scale * math.cos(angle))
@@ -31,4 +31,4 @@ class PixelPendulum(PendulumEnv):
 
     def render(self) -> Image:
         """The picture at `render_size`."""
-        return self.draw(self.render_size)
+        return self.draw_at(self.render_size)

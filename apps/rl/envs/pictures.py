@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
+from typing import Protocol
 
 import gymnasium
 import numpy as np
@@ -17,29 +17,39 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Shares of red, green and blue in brightness (ITU-R BT.601)."""
 
 
-def painter(env: gymnasium.Env, camera: str | None, cheap: bool) -> Callable[[int], Image]:
-    """What draws an environment as it stands, given a size; `[size, size, 3]`.
+class Painter(Protocol):
+    """What draws an environment: one of ours itself, or what stands before another's."""
 
-    In this order: its own `draw(size)`, MuJoCo, its `render()` resized.
+    def draw_at(self, size: int) -> Image:
+        """The environment as it stands, `[size, size, 3]`."""
+
+
+def painter(env: gymnasium.Env, camera: str | None, cheap: bool) -> Painter:
+    """The environment itself if it has a `draw_at`, a camera of MuJoCo, or its `render()` resized."""
+    if hasattr(env.unwrapped, "draw_at"):
+        return env.unwrapped
+    return Camera(env, camera, cheap) if is_mujoco(env) else Resized(env)
+
+
+class Resized:
+    """Draws by an environment's `render()`, for what it is worth in time.
 
     Raises:
-        UserError: When called, where the environment has no pictures.
+        UserError: When it draws, where the environment has no images or needs a package for them.
     """
-    if hasattr(env.unwrapped, "draw"):
-        return env.unwrapped.draw
-    if is_mujoco(env):
-        return Camera(env, camera, cheap).draw
-    return lambda size: resize(_rendered(env), size)
 
+    def __init__(self, env: gymnasium.Env) -> None:
+        self.env = env
 
-def _rendered(env: gymnasium.Env) -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        image = env.render()
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"env.id={env.spec.id}: {error}") from error
-    if not isinstance(image, np.ndarray) or image.ndim != 3:
-        raise UserError(f"env.id={env.spec.id}: it renders no images, set env.obs=state")
-    return image[..., :3]
+    def draw_at(self, size: int) -> Image:
+        """The environment as it stands, `[size, size, 3]`."""
+        try:
+            image = self.env.render()
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise UserError(f"env.id={self.env.spec.id}: {error}") from error
+        if not isinstance(image, np.ndarray) or image.ndim != 3:
+            raise UserError(f"env.id={self.env.spec.id}: it renders no images: set env.obs=state")
+        return resize(image[..., :3], size)
 
 
 def resize(image: UInt8[np.ndarray, "H W 3"], size: int) -> Image:

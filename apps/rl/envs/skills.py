@@ -65,7 +65,7 @@ class Skills(gymnasium.Env):
         for skill in skills:
             choice("env.kwargs.skills", skill, SKILLS)
         choice("env.kwargs.order", order, ("random", "cyclic"))
-        self.tasks = tuple(skills)
+        self.task_names = tuple(skills)
         self.order, self.render_mode, self.render_size = order, render_mode, render_size
         self.action_space = Box(-1, 1, (2,), np.float32)
         self.observation_space = Box(-1, 1, (9 + len(SKILLS),), np.float32)
@@ -75,19 +75,19 @@ class Skills(gymnasium.Env):
     @property
     def skill(self) -> str:
         """Name of the present skill."""
-        return self.tasks[self.task]
+        return self.task_names[self.task]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float[np.ndarray, 13], dict[str, Any]]:
         """Begin an episode; `options={"task": number}` chooses its skill."""
         super().reset(seed=seed)
-        drawn = int(self.np_random.integers(len(self.tasks)))
+        drawn = int(self.np_random.integers(len(self.task_names)))
         if self.order == "cyclic":
-            drawn = (self.task + 1 if seed is None else seed) % len(self.tasks)
+            drawn = (self.task + 1 if seed is None else seed) % len(self.task_names)
         self.task = int((options or {}).get("task", drawn))
-        known = 0 <= self.task < len(self.tasks)
-        require(known, "task", self.task, f"must be a number of {', '.join(self.tasks)}, counted from 0")
+        known = 0 <= self.task < len(self.task_names)
+        require(known, "task", self.task, f"must be a number of {', '.join(self.task_names)}, counted from 0")
         self.agent, self.disc, self.square, self.button = self._scatter()
         self.pressed = False
         return self._state(), {"task": self.task, "success": False}
@@ -109,7 +109,7 @@ class Skills(gymnasium.Env):
         info = {"task": self.task, "success": success}
         return self._state(), float(reward + success - failure), success or failure, False, info
 
-    def draw(self, size: int) -> Image:
+    def draw_at(self, size: int) -> Image:
         """The scene, `[size, size, 3]`, y up."""
         image, edge = blank(size, _FRAMES[self.skill]), size / 16
         scale = size / 2 - edge
@@ -128,7 +128,7 @@ class Skills(gymnasium.Env):
 
     def render(self) -> Image:
         """The scene at `render_size`."""
-        return self.draw(self.render_size)
+        return self.draw_at(self.render_size)
 
     def _scatter(self) -> list[Float[np.ndarray, 2]]:
         """Four places apart from each other, drawn until they are."""
