@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
+import weakref
 from typing import Any
 
 import gymnasium
@@ -14,6 +16,9 @@ from apps.rl.envs.raster import Image
 
 _META_WORLD_VIEW = (0.75, 0.075, 0.7)
 """Place of Meta-World's camera corner2 in published work: closer to the table than the package's."""
+
+_CAMERAS: weakref.WeakSet[Camera] = weakref.WeakSet()
+"""Those that may hold GL contexts."""
 
 
 def is_mujoco(env: gymnasium.Env) -> bool:
@@ -64,6 +69,9 @@ class Camera:
 
         require_display()
         load_triton_first()
+        _CAMERAS.add(self)
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)  # last, so that it runs before MuJoCo ends its GL library
         self.model = model
         self.camera = self._camera(model)
         corner = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2")
@@ -124,6 +132,11 @@ class Camera:
             else:
                 setattr(view, key, value)
         return view
+
+
+def _close_all() -> None:
+    for camera in list(_CAMERAS):
+        camera.close()
 
 
 def _model(env: gymnasium.Env) -> tuple[Any, Any] | None:

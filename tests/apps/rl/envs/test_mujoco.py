@@ -81,7 +81,7 @@ def frame(**settings):
 own = frame()
 assert (frame(camera="fixed") == own).all() and (frame(camera="0") == own).all()
 assert np.abs(frame(camera="hand") - own).mean() > 5
-assert 0 < np.abs(frame(cheap=False) - own).mean() < 20
+assert (frame(cheap=False) != own).any()
 try:
     frame(camera="roof")
 except UserError as error:
@@ -94,6 +94,7 @@ except UserError as error:
 def test_cameras_are_chosen_by_name_or_number():
     done = run(VIEWS, MUJOCO_GL="")
     assert done.stdout == "env.camera=roof: choose one of fixed, hand, -1 (free)\n", done.stderr
+    assert "Exception ignored" not in done.stderr  # environments that were not closed are freed in time
 
 
 REFUSED = """
