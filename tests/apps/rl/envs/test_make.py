@@ -22,7 +22,7 @@ class Counter(gymnasium.Env):
         self.action_space = Box(np.array([0, -4], np.float32), np.array([10, 4], np.float32))
         self.action_space = action_space or self.action_space
         self.observation_space = Dict({"count": Box(0, 1000, (2, 2)), "kind": Discrete(3)})
-        self.taken = []
+        self.taken, self.pictures = [], 0
 
     def seen(self):
         return {"count": np.full((2, 2), self.count, np.float32), "kind": 1}
@@ -39,6 +39,7 @@ class Counter(gymnasium.Env):
         return self.seen(), reward, self.count >= self.life, False, {"success": float(self.count == 3), "task": "x"}
 
     def render(self):
+        self.pictures += 1
         return np.full((30, 50, 3), self.count, dtype=np.uint8)
 
 
@@ -155,6 +156,29 @@ def test_other_actions_are_refused():
         make_env(counter(kwargs={"action_space": MultiDiscrete([2, 2])}))
     with pytest.raises(UserError, match="have no bounds"):
         make_env(counter(kwargs={"action_space": Box(-np.inf, np.inf, (2,))}))
+
+
+def test_pictures_are_drawn_once_per_action_and_not_for_states():
+    env = make_env(counter(action_repeat=4))
+    env.reset()
+    for _ in range(5):
+        env.step(np.zeros(2))
+    assert env.unwrapped.pictures == 6
+    env = make_env(counter(obs="state"), render=True)
+    env.reset()
+    env.step(np.zeros(2))
+    assert env.unwrapped.pictures == 0
+
+
+def test_environments_run_side_by_side():
+    config = EnvConfig("moecore/Skills-v0", size=16)
+    many = gymnasium.vector.SyncVectorEnv([lambda: make_env(config)] * 3)
+    frames, info = many.reset(seed=[4, 5, 6])
+    assert frames.shape == (3, 1, 16, 16)
+    alone, told = make_env(config).reset(seed=5)
+    assert (frames[1] == alone).all()
+    assert info["task"][1] == told["task"]
+    many.close()
 
 
 def test_states_are_flattened_in_order():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -57,6 +58,16 @@ def test_what_lies_outside_is_left_out():
     assert not image.any()
     circle(image, (0, 0), 4, WHITE)
     assert area(image) == pytest.approx(math.pi * 4, rel=0.05)
+
+
+def test_small_shapes_touch_few_pixels():
+    image = blank(1000, BLACK)
+    tracemalloc.start()
+    circle(image, (500, 500), 10, WHITE)
+    rectangle(image, (200, 200), (220, 220), WHITE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000  # the image has 3,000,000 values
 
 
 def test_resizing_averages_areas():
