@@ -134,7 +134,6 @@ class Collector:
         self._return = np.array(state["return"], np.float64)
         self._success = np.array(state["success"], np.int64)
         self._task = np.array(state["task"], np.int64)
-        self._lost[:] = False
         running = self.replay.running
         actions = {i: self._stored_actions(i) for i in map(int, np.flatnonzero(running))}
         _, info = self._reset(self._number - running, None, {"actions": actions})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,14 +63,17 @@ class ReplayFiles:
         sizes = {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in layout.items()}
         self.nbytes = sum(sizes.values())
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        handles = [_lock(self.folder)]
+        self.close = weakref.finalize(self, _close, handles)
+        """Let other processes open the folder."""
         meta = {"env": asdict(spec), "replay": {"capacity": capacity, "slack": slack, "num_envs": num_envs}}
         _describe(self.folder, meta, sizes)
         self._maps = [
             np.memmap(self.folder / name, dtype, "r+", shape=shape) for name, (dtype, shape) in layout.items()
         ]
         self.frames, self.entries = (np.asarray(mapped) for mapped in self._maps)
-        self._open = [os.open(self.folder / name, os.O_RDWR) for name in layout]
+        handles += [os.open(self.folder / name, os.O_RDWR) for name in layout]
+        self._handles = handles
         self._chunk_rows = max(1, CHUNK * rows // self.nbytes)
         self._claimed = np.zeros(-(-rows // self._chunk_rows), bool)
 
@@ -83,7 +87,7 @@ class ReplayFiles:
         if self._claimed[chunk]:
             return
         first, stop = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, len(self.entries))
-        for handle, array in zip(self._open, (self.frames, self.entries), strict=True):
+        for handle, array in zip(self._handles[1:], (self.frames, self.entries), strict=True):
             width = array.strides[0]
             _allocate(handle, first * width, (stop - first) * width, self)
         self._claimed[chunk] = True
@@ -93,11 +97,11 @@ class ReplayFiles:
         for mapped in self._maps:
             mapped.flush()
 
-    def close(self) -> None:
-        """Let others open the folder."""
-        for handle in (*self._open, self._lock):
-            os.close(handle)
-        self._open, self._lock = [], os.open(os.devnull, os.O_RDONLY)
+
+def _close(handles: list[int]) -> None:
+    for handle in handles:
+        os.close(handle)
+    handles.clear()
 
 
 def _lock(folder: Path) -> int:

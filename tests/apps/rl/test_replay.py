@@ -228,6 +228,18 @@ def test_entries_beyond_the_slack_are_noticed(tmp_path):
         truth.replay.restore(state)
 
 
+def test_an_entry_half_written_over_is_noticed(tmp_path):
+    truth = Truth(Replay(tmp_path, PIXELS, 10, 0))
+    for _ in range(20):
+        truth.add(0)
+    state = truth.replay.state()
+    truth.replay.restore(state)
+    with pytest.raises(ValueError, match="broadcast"):
+        truth.replay.add(0, truth.action(0), 0.0, np.zeros((7, 7)), False, False)
+    with pytest.raises(UserError, match="does not hold the checkpoint's entries"):
+        truth.replay.restore(state)
+
+
 def test_an_empty_folder_is_not_a_checkpoints(tmp_path):
     with pytest.raises(UserError, match="does not hold the checkpoint's entries"):
         Replay(tmp_path, PIXELS, 10, 5).restore({"count": [1]})
