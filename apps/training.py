@@ -63,7 +63,7 @@ def new_folder(runs: Runs, name: str) -> Path:
 def make_trainer(
     trainer: TrainerConfig,
     run: RunConfig,
-    optim: OptimConfig,
+    ema_decay: float | None,
     folder: Path,
     monitor: str,
     mode: str,
@@ -74,7 +74,7 @@ def make_trainer(
     Args:
         trainer: Lightning's arguments.
         run: seed, checkpoint interval, early stopping.
-        optim: for weight averaging.
+        ema_decay: of averaged weights; None: weights as they are.
         folder: of the run.
         monitor: validation metric that decides which checkpoint is best.
         mode: "max" or "min".
@@ -82,8 +82,8 @@ def make_trainer(
     """
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [StepSeeds(run.seed), RoutingMonitor(), StopOnNaN(checkpoints)]
-    if optim.ema_decay is not None:
-        callbacks.append(AveragedWeights(optim.ema_decay))
+    if ema_decay is not None:
+        callbacks.append(AveragedWeights(ema_decay))
     validates = trainer.limit_val_batches != 0
     if validates:
         callbacks.append(BestCheckpoint(checkpoints, monitor, mode))

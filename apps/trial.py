@@ -46,7 +46,7 @@ def train_trial(
     """Train in `folder`, which is created; the best value of the monitored metric.
 
     Args:
-        config: the app's settings, with sections `trainer`, `run` and `optim`.
+        config: the app's settings, with sections `trainer`, `run` and, for averaged weights, `optim`.
         task: what to train.
         data: what to train it on.
         folder: of the trial.
@@ -55,8 +55,9 @@ def train_trial(
         mode: "max" or "min".
     """
     reporter = Reporter(report, monitor, mode)
+    ema_decay = config.optim.ema_decay if hasattr(config, "optim") else None
     quiet = dataclasses.replace(config.trainer, enable_progress_bar=False)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = training.make_trainer(quiet, config.run, config.optim, folder, monitor, mode, extra=[reporter])
+    trainer = training.make_trainer(quiet, config.run, ema_decay, folder, monitor, mode, extra=[reporter])
     training.fit(trainer, task, data, folder, config, resume=None)
     return reporter.best

@@ -28,7 +28,7 @@ def train(config: RecsysConfig, args: Train, source: str | None) -> None:
     if resume:
         training.check_fits(load_checkpoint(resume, "recsys")["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
-    trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/auc", "max")
+    trainer = training.make_trainer(config.trainer, config.run, config.optim.ema_decay, folder, "val/auc", "max")
     if trainer.is_global_zero:
         print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
     training.fit(trainer, task, data, folder, config, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from apps.rl.agent_settings import AgentConfig
@@ -63,6 +64,12 @@ class RLConfig:
     """Training loop."""
     run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=500))
     """Run folder and repeatability."""
+
+    @property
+    def loop(self) -> TrainerConfig:
+        """The training loop, with evaluations where `collect.eval_every` has them."""
+        every = min(self.collect.eval_every // self.collect.update_every, self.collect.updates)
+        return dataclasses.replace(self.trainer, val_check_interval=every)
 
     def __post_init__(self) -> None:
         one = self.trainer

@@ -17,7 +17,6 @@ from apps.rl.settings import RLConfig
 from apps.rl.task import RLTask
 from apps.rl.video import write_video
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
-from apps.settings import OptimConfig
 from apps.verbs import Report, Search
 
 
@@ -49,11 +48,8 @@ def _train_once(config: RLConfig, ckpt_path: str | None, source: str | None) -> 
         training.check_fits(load_checkpoint(resume, "rl")["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
-    every = max(config.collect.eval_every // config.collect.update_every, 1)
-    loop = dataclasses.replace(config.trainer, val_check_interval=min(every, config.collect.updates))
     data = RLData(config, spec, task.model, folder / "replay")
-    plain = OptimConfig(ema_decay=None)
-    trainer = training.make_trainer(loop, config.run, plain, folder, "val/return", "max")
+    trainer = training.make_trainer(config.loop, config.run, None, folder, "val/return", "max")
     training.fit(trainer, task, data, folder, config, resume)
     return _finish(config, folder)
 

@@ -42,7 +42,7 @@ def train(config: TimeseriesConfig, args: Train, source: str | None) -> None:
         data.check()
         task.prepare(data)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
-    trainer = training.make_trainer(config.trainer, config.run, config.optim, folder, "val/mae", "min")
+    trainer = training.make_trainer(config.trainer, config.run, config.optim.ema_decay, folder, "val/mae", "min")
     if trainer.is_global_zero:
         _note_covariates(task)
         print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)

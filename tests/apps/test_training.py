@@ -122,7 +122,7 @@ def test_training_without_steps_or_end_is_refused(changes, batches, line):
 def trainer(folder, optim: OptimConfig | None = None, stop: EarlyStopConfig | None = None, **changes: object):
     run = RunConfig(early_stop=stop or EarlyStopConfig())
     config = TrainerConfig(**{"accelerator": "cpu"} | changes)
-    return make_trainer(config, run, optim or OptimConfig(ema_decay=None), folder, "val/accuracy", "max")
+    return make_trainer(config, run, (optim or OptimConfig(ema_decay=None)).ema_decay, folder, "val/accuracy", "max")
 
 
 def kinds(made) -> set[type]:

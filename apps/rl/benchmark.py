@@ -1,0 +1,123 @@
+"""What a training step costs, and where: environment, acting, drawing batches, updates, experts."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.rl.agents.mentor import Experience, Mentor
+from apps.rl.agents.networks import MoELayer
+from apps.rl.arguments import Benchmark
+from apps.rl.data import RLData, spec_of
+from apps.rl.loading import load_trained
+from apps.rl.settings import RLConfig
+from apps.rl.spaces import Transitions
+
+STEPS = 8
+"""Calls in a round."""
+Call = Callable[[], Any]
+
+
+def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
+    """One row per part: CPU milliseconds of a call and calls per CPU second, medians over interleaved rounds.
+
+    Rows of "all experts" compute every expert for every observation, as the published code does; those of "experts"
+    are the mixture alone, forward and backward on a batch.
+
+    Args:
+        config: settings.
+        args: a trained agent; rounds.
+    """
+    spec = spec_of(config)
+    agent = load_trained(Path(args.ckpt_path)).agent if args.ckpt_path else Mentor(config.agent, spec, config.run.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        data = RLData(config, spec, agent, Path(folder))
+        try:
+            while len(data.replay) < config.collect.batch_size:
+                data.collector.step(data.explore)
+            calls = _collection(config, data) | _learning(config, data)
+            spent = _interleaved(calls, args.rounds)
+        finally:
+            data.collector.close()
+    first = {"update, all experts": "update", "experts, all computed": "experts"}
+    rows = []
+    for name, seconds in spent.items():
+        median = statistics.median(seconds)
+        to = statistics.median(spent[first[name]]) if name in first else None
+        row = {"part": name, "milliseconds": 1e3 * median, "per_cpu_second": 1 / median}
+        rows.append(row | {"times_the_chosen": None if to is None else median / to})
+    return rows
+
+
+def _collection(config: RLConfig, data: RLData) -> dict[str, Call]:
+    obs = data.replay.sample(config.collect.num_envs, 1, 1.0, np.random.default_rng(0)).obs
+    collect, act = "agent step: act, environment, replay", "agent step: act alone"
+    return {collect: lambda: data.collector.step(data.explore), act: lambda: data.agent.policy(obs)}
+
+
+def _learning(config: RLConfig, data: RLData) -> dict[str, Call]:
+    one = config.agent
+
+    def draw() -> Transitions:
+        return data.replay.sample(config.collect.batch_size, one.n_step, one.gamma, np.random.default_rng(0))
+
+    batch = draw()
+    parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
+    given = Experience(*map(torch.from_numpy, parts))
+    calls: dict[str, Call] = {"draw a batch": draw, "update": _update(data.agent, given)}
+    if one.actor == "moe":
+        calls["update, all experts"] = _update(_all_experts(data.agent), given)
+        x = torch.randn(config.collect.batch_size, one.hidden)
+        calls["experts"] = _mixture(data.agent.actor.middle, x)
+        calls["experts, all computed"] = _mixture(_all_experts(data.agent).actor.middle, x)
+    return calls
+
+
+def _all_experts(agent: Mentor) -> Mentor:
+    other = copy.deepcopy(agent)
+    for module in other.modules():
+        if isinstance(module, MoELayer):
+            module.executor = "dense"
+    return other
+
+
+def _update(agent: Mentor, batch: Experience) -> Call:
+    def stepper(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def step(loss: Tensor) -> None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    step = {name: stepper(optimizer) for name, optimizer in agent.optimizers().items()}
+    return lambda: agent.update(batch, 0.2, step)
+
+
+def _mixture(layer: MoELayer, x: Tensor) -> Call:
+    def call() -> None:
+        inputs = x.clone().requires_grad_()
+        layer(inputs).square().mean().backward()
+
+    return call
+
+
+def _interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):  # the first one warms up
+        for name, call in calls.items():
+            for _ in range(STEPS):
+                started = time.process_time()
+                call()
+                if number:
+                    spent[name].append(time.process_time() - started)
+    return spent
