@@ -38,6 +38,13 @@ class Section:
         figure.savefig(data, format=kind, dpi=140, bbox_inches="tight")
         mime = "image/png" if photo else "image/svg+xml"
         source = f"data:{mime};base64,{base64.b64encode(data.getvalue()).decode()}"
+        return self._image(source, caption)
+
+    def animation(self, gif: bytes, caption: str) -> Section:
+        """Moving pictures: a whole GIF file."""
+        return self._image(f"data:image/gif;base64,{base64.b64encode(gif).decode()}", caption)
+
+    def _image(self, source: str, caption: str) -> Section:
         self.parts.append(
             f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
         )
