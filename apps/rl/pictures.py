@@ -147,19 +147,20 @@ def _matrix(axes, values: np.ndarray, rows: Sequence[str], shades: Mapping[str, 
 
 
 def along_episode(trace: Trace, weights: Float[np.ndarray, "N E"], shown: int = 10) -> Figure:
-    """Pictures of an episode, framed in the colour of their strongest expert, above all experts' weights by step."""
+    """Pictures of an episode, each underlined in its strongest expert's colour, above all experts' weights by step."""
     length, experts = weights.shape
     shown = min(shown, length)
     figure = Figure(figsize=(10, 3.2))
-    grid = figure.add_gridspec(2, shown, height_ratios=(1, 1.7), hspace=0.16, wspace=0.08)
+    grid = figure.add_gridspec(2, shown, height_ratios=(1, 1.7), hspace=0.22, wspace=0.08)
     for i in range(shown):
         step = int((i + 0.5) * length / shown)  # in the middle of its part of the axis below
         axes = figure.add_subplot(grid[0, i])
         axes.imshow(trace.frames[step])
         axes.set(xticks=[], yticks=[])
         strongest = int(weights[step].argmax())
-        axes.spines[:].set(color=expert_color(strongest), linewidth=4)
-        axes.set_title(f"expert {strongest}", fontsize=7, color=GREY, pad=5)
+        axes.spines[:].set(color="#c8ced8", linewidth=0.6)
+        axes.spines["bottom"].set(color=expert_color(strongest), linewidth=6, position=("outward", 4))
+        axes.set_title(f"expert {strongest}", fontsize=8, color=expert_color(strongest), pad=4)
     below = figure.add_subplot(grid[1, :])
     steps = np.arange(length + 1)
     padded = np.concatenate([weights, weights[-1:]])  # so that the last step has its width

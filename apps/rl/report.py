@@ -202,8 +202,8 @@ def _experts(page: Page, trained: Trained, history: History, seen: Rollout) -> N
         title = f"An episode of {names[trace.task]}" if names else "An episode"
         section.figure(
             pictures.along_episode(trace, own),
-            f"{title}, return {sum(trace.rewards):.3g}: pictures framed in the colour of the expert with the largest "
-            "weight, and below the weights of all experts at every step.",
+            f"{title}, return {sum(trace.rewards):.3g}: pictures underlined in the colour of the expert with the "
+            "largest weight, and below the weights of all experts at every step.",
             photo=True,
         )
 
