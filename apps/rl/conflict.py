@@ -76,9 +76,9 @@ def _cosines(vectors: Sequence[Float[Tensor, "P W"]]) -> Float[np.ndarray, "T T"
         for j, theirs in enumerate(unit):
             products = ours @ theirs.T
             if i != j:
-                table[i, j] = products.mean()
+                table[i, j] = float(products.mean())
             elif len(ours) > 1:
-                table[i, j] = products[~torch.eye(len(ours), dtype=torch.bool)].mean()
+                table[i, j] = float(products[~torch.eye(len(ours), dtype=torch.bool, device=ours.device)].mean())
     return table
 
 

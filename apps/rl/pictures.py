@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from apps.figures import GREY, clean, expert_color
@@ -159,7 +160,7 @@ def along_episode(trace: Trace, weights: Float[np.ndarray, "N E"], shown: int = 
         axes.set(xticks=[], yticks=[])
         strongest = int(weights[step].argmax())
         axes.spines[:].set(color="#c8ced8", linewidth=0.6)
-        axes.spines["bottom"].set(color=expert_color(strongest), linewidth=6, position=("outward", 4))
+        axes.spines["bottom"].set(color=expert_color(strongest), linewidth=6, position=("outward", 4), capstyle="butt")
         axes.set_title(f"expert {strongest}", fontsize=8, color=expert_color(strongest), pad=4)
     below = figure.add_subplot(grid[1, :])
     steps = np.arange(length + 1)
@@ -167,6 +168,7 @@ def along_episode(trace: Trace, weights: Float[np.ndarray, "N E"], shown: int = 
     colors = [expert_color(e) for e in range(experts)]
     below.stackplot(steps, padded.T, colors=colors, step="post", labels=[f"expert {e}" for e in range(experts)])
     below.set(xlim=(0, length), ylim=(0, 1), xlabel="agent step of the episode", ylabel="weight")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     clean(below)
     if experts <= 20:
         below.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=min(experts, 10))

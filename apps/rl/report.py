@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from apps import figures
+from apps.errors import ConfigError, UserError
 from apps.report import Page, Section
 from apps.rl import pictures
 from apps.rl.conflict import Conflict, between, probes, task_gradients
@@ -23,6 +25,8 @@ PER_TASK, MOST_EPISODES = 6, 48
 """Episodes that experts and gradients are looked at in, per task and together."""
 MOST_CURVES, MOST_TASKS, RIVALS = 8, 8, 2
 """Groups of runs in one chart, tasks shown as pictures, other agents whose gradients are set beside."""
+NOISY = 0.3
+"""Cosine within a task below which a warning is given."""
 STAGES = ("first quarter", "second quarter", "third quarter", "last quarter")
 
 
@@ -43,7 +47,7 @@ def write_report(trained: Trained, evaluation: Evaluation, path: Path) -> Path:
         subtitle=f"{trained.path}, environment {trained.spec.id}{f', {len(tasks)} tasks' if tasks else ''}",
         key_figures=_key_figures(trained, evaluation),
     )
-    _returns(page, evaluation)
+    _returns(page, trained, evaluation)
     _video(page, seen.traces if tasks else evaluation.rollouts[evaluation.agent].traces, tasks)
     chance = float(np.mean(evaluation.rollouts["random actions"].returns))
     _learning(page, history, chance)
@@ -66,31 +70,32 @@ def _key_figures(trained: Trained, evaluation: Evaluation) -> dict[str, str]:
     own = evaluation.rollouts[evaluation.agent]
     chance = float(np.mean(evaluation.rollouts["random actions"].returns))
     found = {
-        "mean return ± deviation over episodes": f"{np.mean(own.returns):.4g} ± {np.std(own.returns):.3g}",
-        "interquartile mean of returns": f"{iqm(own.returns):.4g}",
+        "mean return": f"{np.mean(own.returns):.4g}",
         "mean return of random actions": f"{chance:.4g}",
+        "deviation over episodes": f"{np.std(own.returns):.3g}",
+        "interquartile mean": f"{iqm(own.returns):.4g}",
     }
     if own.has_success:
         found["success"] = f"{np.mean(own.successes):.0%}"
     agent, collect = trained.agent, trained.config.collect
-    acting = sum(p.numel() for part in (agent.encoder, agent.actor) for p in part.parameters())
     learned = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     steps = collect.random_steps + agent.updates * collect.update_every if agent.updates else 0
-    return found | {
-        "parameters that act": f"{acting:,}",
-        "parameters that are learned": f"{learned:,}",
-        "agent steps": f"{steps:,}",
-    }
+    return found | {"parameters": f"{learned:,}", "agent steps": f"{steps:,}"}
 
 
-def _returns(page: Page, evaluation: Evaluation) -> None:
+def _returns(page: Page, trained: Trained, evaluation: Evaluation) -> None:
     section = page.section("Returns")
     section.text(
         "Sums of rewards over whole episodes of the deterministic policy, from the same starts for every agent. The "
         "interquartile mean leaves out the best and the worst quarter of the episodes."
     )
     rows = evaluation.rows()
+    for row in rows:
+        part = row["agent"].strip()
+        row["agent"] = f"{evaluation.agent}, {part}" if part in evaluation.tasks else part
     section.table([{name.replace("_", " "): row.get(name, "") for name in rows[0]} for row in rows])
+    acting = sum(p.numel() for part in (trained.agent.encoder, trained.agent.actor) for p in part.parameters())
+    section.text(f"Encoder and actor, which is what acts, have {acting:,} parameters; the others serve learning.")
 
 
 def _video(page: Page, traces: Sequence[Trace], tasks: Sequence[str]) -> None:
@@ -191,8 +196,11 @@ def _experts(page: Page, trained: Trained, history: History, seen: Rollout) -> N
     section.text(_idle(used, len(weights)))
     loads = history.loads()
     if loads:
+        chart = figures.load_over_time(loads)
+        for axes in chart.axes:
+            axes.set_xlabel("agent step")
         section.figure(
-            figures.load_over_time(loads),
+            chart,
             "Share of the chosen experts in updates, over agent steps: one colour per expert, as below.",
         )
     _expert_tables(section, trained.spec.tasks, seen.traces, weights)
@@ -246,13 +254,14 @@ def _expert_tables(
 
 
 def _rivals(trained: Trained, found: Sequence[Group]) -> list[Trained]:
-    """Trained agents of other kinds, the first run of each."""
+    """Trained agents of other kinds, the first run of each that can be loaded."""
     rivals: dict[str, Trained] = {}
     for group in found:
         for file in (folder / "checkpoints" / BEST for folder in group.folders):
             name = group.title.split(" (")[0]
             if file.is_file() and name != trained.title and name not in rivals and len(rivals) < RIVALS:
-                rivals[name] = load_trained(file)
+                with contextlib.suppress(UserError, ConfigError):  # of another version
+                    rivals[name] = load_trained(file)
     return list(rivals.values())
 
 
@@ -268,7 +277,7 @@ def _conflict(page: Page, trained: Trained, seen: Rollout, rivals: Sequence[Trai
     section.figure(
         pictures.cosines({"all of the actor": own.actor, f"its {layer} alone": own.middle}, own.tasks),
         "Cosine of the gradients that every two tasks ask of the actor, mean over pairs of batches. The diagonal "
-        "compares batches of one task: what a cosine is at most, given how few observations a batch has.",
+        "compares batches of one task: cosines between tasks mean little where a task hardly agrees with itself.",
     )
     if not rivals:
         return
@@ -294,7 +303,7 @@ def _row(name: str, one: Conflict) -> dict[str, float | str]:
 
 
 def verdict(one: Conflict) -> str:
-    """What the cosines mean, in two sentences."""
+    """What the cosines mean, in words."""
     values, within = between(one.actor), float(np.diag(one.actor).mean())
     i, j = (side[values.argmin()] for side in np.triu_indices(len(one.tasks), 1))
     opposed = int((values < 0).sum())
@@ -305,7 +314,9 @@ def verdict(one: Conflict) -> str:
         if opposed
         else f"No pair of tasks conflicts; least alike are {pair}."
     )
+    noisy = " Batches of one task hardly agree either, so that these figures say little." if within < NOISY else ""
+    inside = f"{between(one.middle).mean():.2f} and {np.diag(one.middle).mean():.2f}"
     return (
         f"{what} Between tasks the mean cosine is {values.mean():.2f}, within a task, on other observations, "
-        f"{within:.2f}; in the middle layer {between(one.middle).mean():.2f} and {np.diag(one.middle).mean():.2f}."
+        f"{within:.2f}; in the middle layer {inside}.{noisy}"
     )

@@ -66,6 +66,9 @@ def titles(page: str) -> list[str]:
 @pytest.mark.parametrize("env", ["moecore/PixelPendulum-v0", "moecore/Skills-v0"])
 def test_page_of_an_untrained_agent_without_curves(tmp_path, actor, env):
     trained = trained_of(tmp_path / "run", actor=actor, env=env)
+    spoilt = write_run(tmp_path / "spoilt", config_of("moe" if actor == "dense" else "dense", env)) / "checkpoints"
+    spoilt.mkdir()
+    (spoilt / "best.ckpt").write_bytes(b"no checkpoint")
     target = write_report(trained, evaluate(trained, 2, pictures=2), tmp_path / "deep" / "report.html")
     page = target.read_text()
     expected = ["Returns", "What it does"] + ["Experts"] * (actor == "moe") + ["Do tasks agree?"] * ("Skills" in env)
@@ -156,6 +159,8 @@ def test_batches_of_a_task_are_compared_with_each_other():
     found = task_gradients(by_hand_agent(), {"mixed": [here, there], "plain": [here, here]})
     np.testing.assert_allclose(found.middle, [[-1, 0], [0, 1]], atol=1e-6)
     assert "No pair of tasks conflicts" in verdict(found)
+    assert "hardly agree" not in verdict(found)  # (0 + 1) / 2 within a task
+    assert "hardly agree" in verdict(task_gradients(by_hand_agent(), {"mixed": [here, there], "again": [here, there]}))
 
 
 def test_gradients_leave_the_agent_as_it_was():
