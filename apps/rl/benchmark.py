@@ -30,8 +30,9 @@ Call = Callable[[], Any]
 def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
     """One row per part: CPU milliseconds of a call and calls per CPU second, medians over interleaved rounds.
 
-    Rows of "all experts" compute every expert for every observation, as the published code does; those of "experts"
-    are the mixture alone, forward and backward on a batch.
+    An agent step acts, steps the environment and fills the replay. "experts" is the mixture alone, forward and backward
+    on a batch. Ratios are to the row of the same name without a comma; "all experts" computes every expert for every
+    observation, as the published code does.
 
     Args:
         config: settings.
@@ -42,26 +43,23 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         data = RLData(config, spec, agent, Path(folder))
         try:
-            while len(data.replay) < config.collect.batch_size:
+            while data.replay.sampleable(config.agent.n_step) < config.collect.batch_size:
                 data.collector.step(data.explore)
             calls = _collection(config, data) | _learning(config, data)
             spent = _interleaved(calls, args.rounds)
         finally:
             data.collector.close()
-    first = {"update, all experts": "update", "experts, all computed": "experts"}
     rows = []
     for name, seconds in spent.items():
-        median = statistics.median(seconds)
-        to = statistics.median(spent[first[name]]) if name in first else None
-        row = {"part": name, "milliseconds": 1e3 * median, "per_cpu_second": 1 / median}
-        rows.append(row | {"times_the_chosen": None if to is None else median / to})
+        median, base = statistics.median(seconds), statistics.median(spent[name.split(",")[0]])
+        rows.append({"part": name, "milliseconds": 1e3 * median, "per_cpu_second": 1 / median, "ratio": median / base})
     return rows
 
 
 def _collection(config: RLConfig, data: RLData) -> dict[str, Call]:
     obs = data.replay.sample(config.collect.num_envs, 1, 1.0, np.random.default_rng(0)).obs
-    collect, act = "agent step: act, environment, replay", "agent step: act alone"
-    return {collect: lambda: data.collector.step(data.explore), act: lambda: data.agent.policy(obs)}
+    step, policy = data.collector.step, data.agent.policy
+    return {"agent step": lambda: step(lambda seen, _: policy(seen)), "agent step, acting alone": lambda: policy(obs)}
 
 
 def _learning(config: RLConfig, data: RLData) -> dict[str, Call]:
@@ -76,9 +74,10 @@ def _learning(config: RLConfig, data: RLData) -> dict[str, Call]:
     calls: dict[str, Call] = {"draw a batch": draw, "update": _update(data.agent, given)}
     if one.actor == "moe":
         calls["update, all experts"] = _update(_all_experts(data.agent), given)
+        calls["update, bfloat16"] = _lower(_update(copy.deepcopy(data.agent), given))
         x = torch.randn(config.collect.batch_size, one.hidden)
         calls["experts"] = _mixture(data.agent.actor.middle, x)
-        calls["experts, all computed"] = _mixture(_all_experts(data.agent).actor.middle, x)
+        calls["experts, all experts"] = _mixture(_all_experts(data.agent).actor.middle, x)
     return calls
 
 
@@ -101,6 +100,14 @@ def _update(agent: Mentor, batch: Experience) -> Call:
 
     step = {name: stepper(optimizer) for name, optimizer in agent.optimizers().items()}
     return lambda: agent.update(batch, 0.2, step)
+
+
+def _lower(call: Call) -> Call:
+    def lowered() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            call()
+
+    return lowered
 
 
 def _mixture(layer: MoELayer, x: Tensor) -> Call:

@@ -79,7 +79,7 @@ def export_onnx(trained: Trained, path: Path) -> dict[str, float]:
                 f"export: actions differ from PyTorch by {comparison.max_relative_error:.2g} of their range, more than "
                 f"{TOLERANCE}; no file was kept"
             )
-        own = run_episodes(env, spec, onnx_policy(temporary), evaluation_seeds(trained.config.run.seed, EPISODES))
+        own = run_episodes(env, spec, onnx_policy(temporary), evaluation_seeds(EPISODES))
     figures = comparison.scalars()
     figures.pop("decision_agreement", None)  # the largest number of an action decides nothing
     figures["return_torch"], figures["return_onnx"] = float(np.mean(rollout.returns)), float(np.mean(own.returns))

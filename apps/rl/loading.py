@@ -33,7 +33,7 @@ class Trained:
 
     def episodes(self, number: int, **options: Any) -> Rollout:
         """Episodes of the deterministic policy from the starts that evaluations use; options as `run_episodes` has."""
-        seeds = evaluation_seeds(self.config.run.seed, number)
+        seeds = evaluation_seeds(number)
         return run_episodes(self.config.env, self.spec, self.agent.policy, seeds, **options)
 
 

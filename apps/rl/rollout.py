@@ -23,9 +23,9 @@ EVALUATE = 4
 """Stream of the seeds of evaluation episodes."""
 
 
-def evaluation_seeds(seed: int, episodes: int) -> list[int]:
-    """Seeds of the starts of evaluation episodes: those of no episode of training."""
-    return [derive_seed(seed, EVALUATE, number) % 2**31 for number in range(episodes)]
+def evaluation_seeds(episodes: int) -> list[int]:
+    """Seeds of the starts of evaluation episodes: the same for every agent and run, those of no episode of training."""
+    return [derive_seed(EVALUATE, number) % 2**31 for number in range(episodes)]
 
 
 @dataclass

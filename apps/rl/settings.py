@@ -78,6 +78,6 @@ class RLConfig:
             require(
                 value == good, f"trainer.{name}", value, f"leave it at {good}; collect.steps is the length of a run"
             )
-        good = one.precision in ("auto", "32", "32-true")
-        require(good, "trainer.precision", one.precision, "agents train in 32-true")
+        good = one.precision in ("auto", "32", "32-true", "bf16-mixed")
+        require(good, "trainer.precision", one.precision, "losses are not scaled here; take 32-true or bf16-mixed")
         require(str(one.devices) in ("1", "auto"), "trainer.devices", one.devices, "an agent trains on one device")

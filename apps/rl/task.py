@@ -37,6 +37,8 @@ class RLTask(LightningModule):
         """What the last update routed; read and cleared by `RoutingMonitor`."""
         self.events: list[dict[str, float]] = []
         """Perturbations so far, for the report."""
+        self.latest: dict[str, float] = {}
+        """Of what happens now and then, the last: return and length of an episode, what a perturbation kept."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of critic and encoder, actor, value network."""
@@ -47,8 +49,7 @@ class RLTask(LightningModule):
         data, agent = self.trainer.datamodule, self.model
         for episode in data.take_ended():
             agent.remember(episode.ret)
-            self.log("train/return", episode.ret, prog_bar=True, batch_size=1)
-            self.log("train/length", float(episode.length), batch_size=1)
+            self.latest |= {"return": episode.ret, "length": float(episode.length)}
         std = agent.noise(data.collector.steps)
         with moecore.record(agent.actor) as routings:
             figures = agent.update(self._tensors(batch), std, self._steppers())
@@ -56,8 +57,8 @@ class RLTask(LightningModule):
         if agent.perturb_due():
             self._perturb()
         figures |= {"std": std, "dormant": agent.dormant, "agent_steps": float(data.collector.steps)}
-        for name, value in figures.items():
-            self.log(f"train/{name}", value, batch_size=1)
+        for name, value in (figures | self.latest).items():
+            self.log(f"train/{name}", value, prog_bar=name == "return", batch_size=1)
 
     def _tensors(self, batch: Transitions) -> Experience:
         parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
@@ -85,7 +86,7 @@ class RLTask(LightningModule):
         for optimizer in self.optimizers():
             optimizer.optimizer.state.clear()
         self.events.append({"update": self.model.updates, "kept": kept, "dormant": self.model.dormant})
-        self.log("train/kept", kept, batch_size=1)
+        self.latest["kept"] = kept
 
     def validation_step(self, batch: int, index: int) -> None:
         """All evaluation episodes."""
@@ -100,7 +101,7 @@ class RLTask(LightningModule):
 
     def evaluate(self, episodes: int) -> Rollout:
         """Episodes of the deterministic policy from the same starts every time."""
-        seeds = evaluation_seeds(self.config.run.seed, episodes)
+        seeds = evaluation_seeds(episodes)
         return run_episodes(self.config.env, self.spec, self.model.policy, seeds)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -109,9 +110,9 @@ class RLTask(LightningModule):
         checkpoint["config"] = plain(self.config)
         checkpoint["spec"] = plain(self.spec)
         checkpoint["agent"] = self.model.extra_state()
-        checkpoint["events"] = self.events
+        checkpoint["events"], checkpoint["latest"] = self.events, self.latest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Back to them."""
         self.model.load_extra_state(checkpoint["agent"])
-        self.events = list(checkpoint["events"])
+        self.events, self.latest = list(checkpoint["events"]), dict(checkpoint["latest"])

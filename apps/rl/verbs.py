@@ -75,8 +75,9 @@ def _finish(config: RLConfig, folder: Path) -> dict[str, object]:
 
 
 def _video(evaluation: Evaluation, path: str | Path) -> None:
-    traces = evaluation.rollouts[evaluation.agent].traces
-    print(f"video: {write_video(path, [frame for trace in traces for frame in trace.frames])}")
+    frames = [frame for trace in evaluation.rollouts[evaluation.agent].traces for frame in trace.frames]
+    if frames:
+        print(f"video: {write_video(path, frames)}")
 
 
 def evaluate(config: RLConfig, args: Evaluate, source: str | None) -> None:

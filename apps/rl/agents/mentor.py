@@ -116,7 +116,7 @@ class Mentor(nn.Module):
         """The same for environments, without dropout."""
         training, device = self.training, next(self.parameters()).device
         self.eval()
-        action = self(torch.from_numpy(obs).to(device)).cpu().numpy()
+        action = self(torch.from_numpy(obs).to(device)).float().cpu().numpy()
         self.train(training)
         return action
 

@@ -1,0 +1,177 @@
+"""Every verb on a small agent, and what is refused in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from apps.rl.deploy import onnx_policy
+from apps.rl.env_settings import EnvConfig
+from apps.rl.evaluation import iqm
+from apps.rl.loading import load_trained
+from apps.rl.rollout import evaluation_seeds, random_policy, run_episodes
+
+BEST = "checkpoints/best.ckpt"
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open() as text:
+        return list(csv.DictReader(text))
+
+
+def test_training_leaves_curves_video_and_figures(agent_run):
+    figures = json.loads((agent_run / "test.json").read_text())
+    assert figures["episodes"] == 2
+    assert figures["return_mean"] < 0
+    assert figures["random/return_mean"] < 0
+    with Image.open(agent_run / "video.gif") as video:
+        assert video.n_frames >= 20
+    rows = read(agent_run / "metrics.csv")
+    assert [int(row["val/agent_steps"] or 0) for row in rows if row["val/return"]] == [58, 68, 78, 88]
+    assert any(row["train/kept"] for row in rows)  # a perturbation
+    assert {"train/dormant", "train/std", "train/return", "load/middle/0"} <= set(rows[0])
+    assert yaml.safe_load((agent_run / "config.yaml").read_text())["env"]["id"] == "moecore/PixelPendulum-v0"
+
+
+def test_loaded_agents_act_as_when_they_were_saved(agent_run):
+    trained = load_trained(agent_run / BEST)
+    figures = json.loads((agent_run / "test.json").read_text())
+    assert np.mean(trained.episodes(2).returns) == pytest.approx(figures["return_mean"])
+    assert trained.title == "MENTOR"
+    assert trained.events
+
+
+def test_evaluate(rl, agent_run, tmp_path):
+    done = rl(
+        "evaluate", f"--ckpt_path={agent_run}", "--episodes=3", f"--video={tmp_path}/v.gif", f"--json={tmp_path}/f"
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "random actions" in done.out
+    assert json.loads((tmp_path / "f").read_text())["episodes"] == 3
+    assert (tmp_path / "v.gif").stat().st_size > 1000
+
+
+def test_predict_writes_every_step_with_its_experts(rl, agent_run, tmp_path):
+    done = rl("predict", f"--ckpt_path={agent_run}", f"--output={tmp_path}/steps.csv", "--episodes=2")
+    assert (done.code, done.err) == (0, "")
+    rows = read(tmp_path / "steps.csv")
+    assert len(rows) == 2 * 20  # 40 steps, two per action
+    weights = np.array([[float(row[f"expert_{e}"]) for e in range(4)] for row in rows])
+    assert ((weights > 0).sum(1) == 2).all()
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    trained = load_trained(agent_run / BEST)
+    total = sum(float(row["reward"]) for row in rows if row["episode"] == "0")
+    assert total == pytest.approx(trained.episodes(1).returns[0])
+
+
+def test_exported_policy_earns_the_same_in_onnxruntime_alone(rl, agent_run, tmp_path, untyped):
+    file = tmp_path / "policy.onnx"
+    done = rl("export", f"--ckpt_path={agent_run}", f"--output={file}", f"--json={tmp_path}/f.json")
+    assert (done.code, done.err) == (0, "")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["max_relative_error"] < 1e-5
+    trained = load_trained(agent_run / BEST)
+    seeds = evaluation_seeds(4)
+    ours = run_episodes(trained.config.env, trained.spec, trained.agent.policy, seeds)
+    theirs = run_episodes(trained.config.env, trained.spec, onnx_policy(file), seeds)
+    np.testing.assert_allclose(ours.returns, theirs.returns, rtol=1e-3)
+
+
+def test_several_seeds_are_summed_up(rl, small, tmp_path):
+    done = rl("train", *small(tmp_path, run__name="many"), "--seeds=3,5", f"--json={tmp_path}/f.json")
+    assert (done.code, done.err) == (0, "")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    each = [figures[f"seed_{seed}"]["return_mean"] for seed in (3, 5)]
+    assert each[0] != each[1]
+    assert figures["return_mean"] == pytest.approx(np.mean(each))
+    assert (tmp_path / "rl" / "many-seed5" / "test.json").is_file()
+
+
+def test_benchmark_and_search(rl, small, tmp_path):
+    done = rl("benchmark", *small(tmp_path), "--rounds=1", f"--json={tmp_path}/f.json")
+    assert (done.code, done.err) == (0, "")
+    parts = {row["part"]: row for row in json.loads((tmp_path / "f.json").read_text())}
+    assert parts["update"]["ratio"] == 1
+    assert parts["experts, all experts"]["milliseconds"] > 0
+    (tmp_path / "space.yaml").write_text("agent.lr: {low: 1.0e-4, high: 1.0e-2, log: true}\n")
+    found = rl("search", *small(tmp_path), f"--space={tmp_path}/space.yaml", "--num_trials=2")
+    assert found.code == 0, found.err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agent__actor": "dense", "agent__perturb__kind": "none"},
+        {"agent__perturb__kind": "random", "agent__value": "true", "agent__noise__schedule": "max"},
+        {"agent__critic": "moe", "agent__moe__aux": "reference", "agent__actor_clip": 0.001},
+        {"env__obs": "state", "env__frame_stack": 1, "collect__num_envs": 2},
+        {"trainer__precision": "bf16-mixed"},
+        {"env__id": "CartPole-v1", "env__obs": "state", "env__discrete": "true"},
+    ],
+    ids=["drqv2", "drm", "options", "states", "bf16", "discrete"],
+)
+def test_every_kind_of_agent_trains(rl, small, tmp_path, changes):
+    render = {} if "env__id" not in changes else {"trainer__limit_val_batches": 0}
+    done = rl("train", *small(tmp_path, run__name="run", **changes, **render), "--agent.perturb.interval=9")
+    assert done.code == 0, done.err
+
+
+def test_several_skills_are_told_apart(rl, small, tmp_path):
+    argv = small(tmp_path, run__name="run", env__id="moecore/Skills-v0", env__size=16, collect__eval_episodes=6)
+    done = rl("train", *argv, "--collect.random_steps=80", "--collect.steps=100")
+    assert (done.code, done.err) == (0, "")
+    figures = json.loads((tmp_path / "rl" / "run" / "test.json").read_text())
+    assert "success" in figures
+    assert {name.split("/")[0] for name in figures if "/" in name} >= {"random"}
+    assert any(name.startswith("reach") for name in figures)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--env.id=moecore/PixelPendulm-v0"], ["env.id", "PixelPendulum"]),
+        (["--env.id=CartPole-v1", "--env.obs=state"], ["env.discrete"]),
+        (["--env.id=dm_control/nothing-v0"], ["env.id"]),
+        (["--agent.moe.top_k=9"], ["top_k=9"]),
+        (["--collect.random_steps=1"], ["collect.random_steps=1"]),
+        (["--trainer.max_epochs=3"], ["trainer.max_epochs=3", "collect.steps"]),
+        (["--agent.strides=[2,2,2,2,2]"], ["agent.strides"]),
+        (["--agent.perturb.pool=1"], ["pool=1"]),
+        (["--seeds=1,1"], ["seeds"]),
+    ],
+)
+def test_mistakes_are_one_line(rl, small, tmp_path, argv, parts):
+    line = rl("train", *small(tmp_path), *argv).line
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "rl").exists()
+
+
+def test_a_replay_of_another_environment_is_refused(rl, agent_run, small, tmp_path):
+    shutil.copytree(agent_run, tmp_path / "rl" / "agent")
+    argv = small(tmp_path, run__name="agent", env__id="moecore/Skill-Reach-v0")
+    line = rl("train", *argv, "--ckpt_path=last").line
+    assert "moecore/PixelPendulum-v0" in line or "architecture" in line
+
+
+def test_interquartile_mean():
+    assert iqm([1, 2, 3, 4]) == 2.5
+    assert iqm([0, 1, 2, 3, 100, -100, 5, 4]) == pytest.approx(2.5)
+    assert iqm([7.0]) == 7.0
+    assert iqm([0, 10]) == 5
+
+
+def test_random_actions_repeat():
+    config = EnvConfig(size=12, max_steps=10)
+    from apps.rl.envs.make import env_spec, make_env
+
+    spec = env_spec(make_env(config), config)
+    first, second = (run_episodes(config, spec, random_policy(spec, 3), evaluation_seeds(2)) for _ in range(2))
+    assert first.returns == second.returns
+    assert first.lengths == [5, 5]
