@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +45,11 @@ class App:
     """Dataclass of all its settings; must have a section `run: RunConfig`."""
     arguments: Mapping[str, type] = field(default_factory=dict)
     """Verb -> its arguments, where they differ from those of `apps.verbs`."""
+    unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    """Settings -> prefixes of those that do nothing beside them (of another model), with what would change that."""
+    own: tuple[str, ...] = ()
+    """Settings that a checkpoint answers by what it holds: of those it was trained with, verbs but `train` are not told
+    them, only what flags and files of the command itself say."""
 
     @property
     def verbs(self) -> dict[str, type]:
@@ -112,7 +117,8 @@ def _run(app: App, argv: list[str]) -> None:
         from apps.runs import load_checkpoint
 
         stored = tree.restore(app.config, load_checkpoint(checkpoint, app.name)["config"])
-        parser.set_defaults(tree.flatten(tree.plain(stored)))
+        kept = tree.flatten(tree.plain(stored))
+        parser.set_defaults({name: value for name, value in kept.items() if verb == "train" or name not in app.own})
         values = _parse(parser, rest) | {"ckpt_path": str(checkpoint)}
     source = str(values["config"][-1]) if values["config"] else None
     app.call(verb, tree.build(app.config, values), tree.build(app.verbs[verb], values), source)

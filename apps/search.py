@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from apps import output, training, tree
+from apps import output, search_settings, training, tree
 from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
 from apps.loading import derive_seed
@@ -62,15 +62,22 @@ def run_search(app: str, config: Any, args: Search, objective: str, name: str, d
         objective: `module:function`, an `Objective`.
         name: for the folder.
         direction: "maximize" or "minimize".
+
+    Raises:
+        UserError: the space varies what does nothing, or the study was begun with other settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = load_space(args.space or f"configs/{app}/space.yaml", app)
+    unused = importlib.import_module(f"apps.{app}").APP.unused
+    search_settings.refuse_idle(space, config, unused)
     study_suffix = "" if args.study == Search.study else f"-{args.study}"
     folder = Runs(config.run.root, app).folder / f"search-{name}{study_suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     storage = args.storage or str(folder / "study.log")
     job = Job(objective, config, space, storage, args.study, str(folder), direction, args.num_trials)
     study = _study(job, seed=0)
+    remedy = "give another --study" + (" or --run.name" if args.storage is None else "")
+    search_settings.remember(study, config, space, unused, remedy)
     finished = len(study.get_trials(deepcopy=False, states=DONE))
     left = max(args.num_trials - finished, 0)
     workers = min(args.workers, max(left, 1))

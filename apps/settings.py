@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -133,3 +134,14 @@ class RunConfig:
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "must be at least 1")
         bad = self.name is not None and (not self.name or any(c in self.name for c in "/\\\0") or self.name[0] == ".")
         require(not bad, "name", self.name, "is a folder name: no slashes, no leading dot")
+
+
+def other_models(model: object) -> dict[str, str]:
+    """Prefixes of settings that do nothing, with what would change that, where each model has a section of its name.
+
+    Args:
+        model: settings with a field `name`, and sections called as its values are.
+    """
+    names = typing.get_args(typing.get_type_hints(type(model))["name"])
+    others = [name for name in names if name != model.name and hasattr(model, name)]
+    return {f"model.{name}.": f"give --model.name {name}" for name in others}

@@ -3,10 +3,12 @@
 from apps.cli import App
 from apps.timeseries.arguments import ARGUMENTS
 from apps.timeseries.settings import TimeseriesConfig
+from apps.settings import other_models
 
 APP = App(
     name="timeseries",
     title="Forecasts with uncertainty from Mixture-of-Experts models: Seg-MoE, Time-MoE, Moirai-MoE, LDL-MoE.",
     config=TimeseriesConfig,
     arguments=ARGUMENTS,
+    unused=lambda config: other_models(config.model),
 )

@@ -13,7 +13,8 @@ from apps.cli import make_parser
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
-RECIPES = [file for file in FILES if file.name != "space.yaml"]
+SPACES = [file for file in FILES if file.stem.startswith("space")]
+RECIPES = [file for file in FILES if file not in SPACES]
 
 
 def name(file: Path) -> str:
@@ -33,7 +34,7 @@ def test_recipes_are_settings_of_their_app(file):
     assert {name: kept[name] for name in given} == given
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.name == "space.yaml"], ids=name)
+@pytest.mark.parametrize("file", SPACES, ids=name)
 def test_spaces_name_settings_of_their_app_and_values_they_take(file):
     space = search.load_space(file, file.parent.name)
     assert space == yaml.safe_load(file.read_text())
