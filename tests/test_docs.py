@@ -21,7 +21,7 @@ import yaml
 
 import apps
 import moecore
-from apps.cli import main, make_parser
+from apps.cli import _brackets, main, make_parser
 from apps.recsys.schema import read_schema
 from apps.verbs import VERBS
 from moecore.config import MoEConfig
@@ -174,7 +174,8 @@ def test_command_parses(page, command, example_app):
         verb, *rest = arguments
         assert verb in VERBS
         if not {"-h", "--help", "--print_config"} & set(rest):
-            make_parser(importlib.import_module(module).APP, verb).parse_args(located(rest, example_app))
+            parser = make_parser(importlib.import_module(module).APP, verb)
+            parser.parse_args(_brackets(parser, located(rest, example_app)))
 
 
 def located(arguments: list[str], example_app: Path) -> list[str]:
