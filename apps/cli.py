@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,18 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk or quota that has no room left."""
+NO_PLACE = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""Errors of a path where nothing can be written, or nothing is."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +96,10 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _fail(f"{error.filename2 or error.filename}: {error.strerror}; give another path")
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        file = error.filename or "results"
-        return _fail(f"disk: {error.strerror} while writing {file}; free some space, files written before are good")
-    except KeyboardInterrupt:
-        print("\ninterrupted; `--ckpt_path last` continues a training run", file=sys.stderr)
+        return _fail(_about_file(error))
+    except KeyboardInterrupt as stop:
+        print("\n" + "; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except SystemExit as leave:  # --help and --print_config
         return int(leave.code or 0)
@@ -101,6 +109,19 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _about_file(error: OSError) -> str:
+    """What to say of an error at a path, or of a disk; any other error is raised again."""
+    path = error.filename2 or error.filename
+    if error.errno in FULL:
+        file = error.filename or "results"
+        return f"disk: {error.strerror} while writing {file}; free some space, files written before are good"
+    if error.errno not in NO_PLACE or path is None:
+        raise error
+    path = Path(os.fsdecode(path))
+    whole = re.fullmatch(r"\.(.+)\.\w+\.part", path.name)  # of which this would have been the beginning
+    return f"{path.with_name(whole[1]) if whole else path}: {error.strerror}; give another path"
 
 
 def _run(app: App, argv: list[str]) -> None:
@@ -121,7 +142,18 @@ def _run(app: App, argv: list[str]) -> None:
         parser.set_defaults({name: value for name, value in kept.items() if verb == "train" or name not in app.own})
         values = _parse(parser, rest) | {"ckpt_path": str(checkpoint)}
     source = str(values["config"][-1]) if values["config"] else None
-    app.call(verb, tree.build(app.config, values), tree.build(app.verbs[verb], values), source)
+    config, args, began = tree.build(app.config, values), tree.build(app.verbs[verb], values), time.time()
+    try:
+        app.call(verb, config, args, source)
+    except KeyboardInterrupt as stop:
+        resumable = verb == "train" and (args.ckpt_path is not None or _saved(app, config.run, began - 1))
+        raise KeyboardInterrupt(*["`--ckpt_path last` continues a training run"] * resumable) from stop
+
+
+def _saved(app: App, run: RunConfig, began: float) -> bool:
+    """Whether a run of the app has a checkpoint written since then (file systems have coarse clocks)."""
+    files = Path(run.root, app.name).glob("*/checkpoints/last.ckpt")
+    return any(file.stat().st_mtime >= began for file in files)
 
 
 def _files_first(argv: Sequence[str]) -> list[str]:

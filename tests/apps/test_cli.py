@@ -18,6 +18,7 @@ from apps.cli import App, main
 from apps.errors import UserError
 from apps.verbs import VERBS
 from apps.vision.settings import VisionConfig
+from moecore.files import write_atomic
 from tests.apps.processes import start
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +187,9 @@ def test_print_config_is_a_file_that_reads_back(recorder, cli, tmp_path):
         (FileExistsError(17, "File exists", "out"), 2, "error: out: File exists; give another path\n"),
         (IsADirectoryError(21, "Is a directory", "out"), 2, "error: out: Is a directory; give another path\n"),
         (PermissionError(13, "Permission denied", "out"), 2, "error: out: Permission denied; give another path\n"),
-        (KeyboardInterrupt(), 130, "\ninterrupted; `--ckpt_path last` continues a training run\n"),
+        (OSError(30, "Read-only file system", "out"), 2, "error: out: Read-only file system; give another path\n"),
+        (OSError(36, "File name too long", "out"), 2, "error: out: File name too long; give another path\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
 def test_what_ends_a_verb_becomes_exit_code_and_line(capsys, error, code, line):
@@ -195,6 +198,54 @@ def test_what_ends_a_verb_becomes_exit_code_and_line(capsys, error, code, line):
 
 
 def test_bugs_are_not_hidden():
-    for error in (ValueError("a bug"), OSError(5, "Input/output error")):
+    for error in (ValueError("a bug"), OSError(5, "Input/output error"), FileNotFoundError(2, "of no file")):
         with pytest.raises(type(error)):
             main(Recorder("vision", "title", VisionConfig, error=error), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/proc/a.json", "/proc/a.json: No such file or directory; give another path"),
+        ("{}/file/a.json", "{}/file: File exists; give another path"),
+        ("{}/file/deep/a.json", "{}/file/deep: Not a directory; give another path"),
+        ("{}/" + "n" * 250, "{}/" + "n" * 250 + ": File name too long; give another path"),
+    ],
+)
+def test_where_nothing_can_be_written_another_path_is_asked_for(capsys, tmp_path, path, line):
+    (tmp_path / "file").write_text("")
+
+    class Writer(Recorder):
+        def call(self, verb, config, args, source):
+            write_atomic(path.format(tmp_path), "words")
+
+    assert main(Writer("vision", "title", VisionConfig), ["train"]) == 2
+    assert capsys.readouterr().err == f"error: {line.format(tmp_path)}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "saved", "resumed", "advised"),
+    [
+        ("train", None, False, False),  # before anything was saved
+        ("train", "before", False, False),  # by another run
+        ("train", "now", False, True),
+        ("train", "before", True, True),
+        ("benchmark", "now", False, False),
+    ],
+)
+def test_an_interrupted_training_is_said_to_go_on_if_it_can(capsys, tmp_path, verb, saved, resumed, advised):
+    checkpoint = tmp_path / "vision" / "mine" / "checkpoints" / "last.ckpt"
+    if saved:
+        write_atomic(checkpoint, "weights")
+        os.utime(checkpoint, (1e9, 1e9))
+
+    class Interrupted(Recorder):
+        def call(self, verb, config, args, source):
+            if saved == "now":
+                os.utime(checkpoint)
+            raise KeyboardInterrupt
+
+    argv = [verb, f"--run.root={tmp_path}", *(["--ckpt_path=last"] if resumed else [])]
+    assert main(Interrupted("vision", "title", VisionConfig), argv) == 130
+    words = "; `--ckpt_path last` continues a training run" if advised else ""
+    assert capsys.readouterr().err == f"\ninterrupted{words}\n"
