@@ -112,3 +112,24 @@ def test_search_maximises_the_mean_auc(rec, small, tmp_path):
     done = rec("search", *flags, "--space", tmp_path / "space.yaml", "--num_trials=2", "--json", tmp_path / "b.json")
     assert (done.code, done.err) == (0, "")
     assert 0 < json.loads((tmp_path / "b.json").read_text())["best"]["value"] < 1
+
+
+def test_a_checkpoint_is_used_with_its_own_schema_alone(rec, small, own, tmp_path):
+    assert rec("train", *small(tmp_path, **own(), run__name="mine", data__batch_size=50)).code == 0
+    schema, run, log = tmp_path / "schema.yaml", tmp_path / "recsys" / "mine", tmp_path / "log.csv"
+    scores = ["predict", "--ckpt_path", run, "--input", log, "--output", tmp_path / "s.csv"]
+    verbs = [["evaluate", "--ckpt_path", run, "--boosting=false"], scores]
+    for argv in verbs:
+        assert rec(*argv, "--data.schema", schema).code == 0
+    before = (tmp_path / "s.csv").read_text()
+    text = schema.read_text()
+    schema.write_text(text.replace("bins: 4", "bins: 8"))
+    assert schema.read_text() != text
+    for argv in verbs:
+        line = rec(*argv, "--data.schema", schema).line
+        assert line.startswith(f"data.schema={schema}: features.price.bins is 8 there and 4 in {run}"), line
+        assert rec(*argv, "--data.schema", "none.yaml").line == "data.schema=none.yaml: no such file"
+    schema.unlink()
+    for argv in verbs:  # what training was given may be gone
+        assert rec(*argv).code == 0
+    assert (tmp_path / "s.csv").read_text() == before
