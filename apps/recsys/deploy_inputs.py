@@ -104,14 +104,19 @@ def _kind(transform: Transform, one: SparseInput | DenseInput | SequenceInput) -
 
 
 def describe(transform: Transform) -> list[dict[str, Any]]:
-    """The inputs of a file as plain data: name, column of the log, type, shape, and what stands for a missing value."""
+    """The inputs of a file as plain data: name, column of the log, type, shape, and what stands for a missing value.
+
+    Dates are text; `format` says in which form, all in UTC.
+    """
     found = []
     for one in _features(transform):
         integer = not isinstance(one, DenseInput) and transform.vocabularies[one.table].integer
         kind = "float" if isinstance(one, DenseInput) else "int64" if integer else "string"
         missing = {"float": "NaN", "int64": NO_ID, "string": ""}[kind]
         column, shape = transform.schema.column(one.name), _kind(transform, one)[1]
-        found.append({"name": one.name, "column": column, "type": kind, "shape": shape, "missing": missing})
+        about = {"name": one.name, "column": column, "type": kind, "shape": shape, "missing": missing}
+        dates = None if isinstance(one, DenseInput) else transform.vocabularies[one.table].dates
+        found.append(about if dates is None else about | {"format": dates})
     return found
 
 
@@ -199,4 +204,4 @@ def _values(ids: Ids, vocabulary: Vocabulary) -> np.ndarray:
     if vocabulary.integer:
         values, known = ids.as_integers()
         return np.where(ids.missing, NO_ID, np.where(known, values, STRANGE))
-    return np.array([value or "" for value in ids.as_text().to_pylist()], object)
+    return np.array(vocabulary.spelled(ids), object)

@@ -127,3 +127,51 @@ def test_text_hashes_alike_in_every_process():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(rows(Vocabulary(False, buckets=10**6), ["a", "ö", None]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pd.Series([10**24 + 7, 10**24 + 8, 3], dtype=object),
+        pd.Series([f"{10**24 + 7}", f"{10**24 + 8}", "3"]),
+        pd.Series([10**24 + 7, f"{10**24 + 8}", 3.0], dtype=object),
+    ],
+)
+def test_integers_beyond_64_bits_are_text(values):
+    vocabulary = fitted(values)
+    assert vocabulary.values.to_pylist() == [f"{10**24 + 7}", f"{10**24 + 8}", "3"]
+    assert vocabulary.lookup(read_ids(values)).tolist() == [2, 3, 4]
+    assert rows(fitted(pd.Series([1, 2])), values) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["uint64", "UInt64", pd.ArrowDtype(pa.uint64()), object])
+def test_unsigned_integers_do_not_wrap(dtype):
+    values = pd.Series([2**63 + 4, 2**63 + 5, 2**64 - 1], dtype=dtype)
+    vocabulary = fitted(values, pd.Series([7, 2**63 - 1]))
+    assert vocabulary.lookup(read_ids(values)).tolist() == [5, 6, 2]
+    assert rows(vocabulary, [7, 2**63 - 1, 8]) == [3, 4, 1]
+
+
+def test_text_of_19_digits_is_an_integer_as_far_as_it_fits():
+    vocabulary = fitted(pd.Series([2**63 - 1, -(2**62), 5]))
+    found = rows(vocabulary, [f"{2**63 - 1}", f"{-(2**62)}", f"{2**63}", "+5", "9999999999999999999"])
+    assert found == [4, 2, 1, 3, 1]
+
+
+@pytest.mark.parametrize("learned", [pd.Series([True, False]), pd.Series([True, None, False], dtype="boolean")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pd.Series([True, False]),
+        pd.Series(["True", "False"]),
+        pd.Series(["true", "false"]),
+        pd.Series(["TRUE", " false"], dtype="category"),
+        pd.Series([1, 0]),
+        pd.Series([1.0, 0.0]),
+        pd.Series(["1", "0"]),
+        pd.Series([True, "false"], dtype=object),
+    ],
+)
+def test_booleans_are_the_same_ids_however_written(learned, given):
+    assert fitted(learned).lookup(read_ids(given)).tolist() == [3, 2]
+    assert rows(fitted(learned), ["truth", "yes", None]) == [1, 1, 0]
