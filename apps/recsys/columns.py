@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from apps.errors import UserError
 from apps.recsys.batch import MISSING
+from apps.recsys.printed import split_lists
 from apps.recsys.vocabulary import Ids, Vocabulary, read_ids
 
 BLANK = ("", "NA", "N/A", "NaN", "nan", "<NA>", "null", "NULL", "None")
@@ -84,15 +85,18 @@ class Lists:
 
 
 def read_lists(column: pd.Series, separator: str) -> Lists:
-    """A column of lists: lists or arrays, text with separators (also as Python prints lists), or single values."""
+    """A column of lists: lists or arrays, text with separators, printed lists (JSON, Python, NumPy), or single values.
+
+    Raises:
+        UserError: a printed list whose values cannot be told apart.
+    """
     values = _arrow(column)
-    if values is None:  # lists that Arrow cannot take: of several kinds
+    if values is None:  # lists that Arrow cannot take: of several kinds, or of integers beyond 64 bits
         parts = [one if isinstance(one, (list, tuple, np.ndarray)) else [one] for one in column]
         flat = pd.Series([value for part in parts for value in part], dtype=object)
         return Lists(read_ids(flat), np.array([len(part) for part in parts], int))
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = pc.split_pattern(pc.utf8_trim(values, "[]() "), separator)
-        return Lists(read_ids(pc.utf8_trim(values.flatten(), " \t'\"")), _lengths(values))
+        values = split_lists(values, separator, column)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return Lists(read_ids(values.flatten()), _lengths(values))
     return Lists(read_ids(column), np.ones(len(column), int))
@@ -103,7 +107,7 @@ def _arrow(column: pd.Series) -> pa.Array | None:
         column = column.astype(object)
     try:
         values = pa.array(column, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return None
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
