@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor, nn
 
 import moecore
 from apps.recsys.balancing import gradient_cosines
 from apps.recsys.data import RecsysData
 from apps.recsys.evaluation import Evaluation
+from apps.recsys.health_sparse import SparseHealth, SparseStats
 from apps.recsys.loading import Trained
 from apps.recsys.losses import task_losses
 from moecore.multigate_health import GateHealth, GateStats
@@ -27,27 +29,47 @@ class Health:
 
     levels: dict[str, GateHealth]
     groups: dict[str, dict[str, GateHealth]]
+    sparse: dict[str, SparseHealth] = field(default_factory=dict)
+    sparse_groups: dict[str, dict[str, SparseHealth]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def gate_health(trained: Trained, data: RecsysData, evaluation: Evaluation) -> Health:
     """Run the test rows through the model and look at its gates; nothing for a model without any."""
-    everyone, short = GateStats(), evaluation.short_history
-    parts = {"short history": GateStats(), "long history": GateStats()} if short is not None else {}
+    everyone, short = _Stats(trained.model), evaluation.short_history
+    groups = ("short history", "long history") if short is not None else ()
+    parts = {name: _Stats(trained.model) for name in groups}
     batches, start = data.batches("test"), 0
     device = next(trained.model.parameters()).device
     for index in range(len(batches)):
         batch = batches[(0, index)]
         with moecore.record(trained.model) as recording:
             trained.model(batch.to(device))
-        everyone.update(recording.gates)
+        everyone.update(recording)
         for name, stats in parts.items():
             own = torch.from_numpy(short[start : start + len(batch)])
             rows = own if name == "short history" else ~own
             if bool(rows.any()):
-                stats.update(recording.gates, rows.to(device))
+                stats.update(recording, rows.to(device))
         start += len(batch)
-    return Health(everyone.health(), {name: stats.health() for name, stats in parts.items()})
+    return Health(
+        everyone.gates.health(),
+        {name: stats.gates.health() for name, stats in parts.items()},
+        everyone.sparse.health(),
+        {name: stats.sparse.health() for name, stats in parts.items()},
+    )
+
+
+class _Stats:
+    """Running totals of gates that weight all experts, and of those that choose some."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gates, self.sparse = GateStats(), SparseStats(model)
+
+    def update(self, recording: moecore.Recording, rows: Tensor | None = None) -> None:
+        """Add the records of a batch, or of some of its rows."""
+        self.gates.update(recording.gates, rows)
+        self.sparse.update(recording, rows)
 
 
 def conflicts(trained: Trained, data: RecsysData, rows: int = 4096) -> Float[np.ndarray, "T T"] | None:

@@ -13,6 +13,7 @@ from apps.recsys import pictures
 from apps.recsys.data import RecsysData
 from apps.recsys.evaluation import Evaluation
 from apps.recsys.health import Health, conflicts, findings, gate_health
+from apps.recsys.health_sparse import sparse_findings
 from apps.recsys.loading import Trained
 from apps.recsys.metrics import calibration
 from apps.report import Page
@@ -39,8 +40,8 @@ def write_report(trained: Trained, evaluation: Evaluation, data: RecsysData, pat
     _learning(page, trained)
     _conflicts(page, trained, data)
     health = gate_health(trained, data, evaluation)
-    if health.levels:
-        _gates(page, health)
+    _gates(page, health)
+    _sparse_gates(page, health)
     return page.write(path)
 
 
@@ -136,17 +137,17 @@ def _conflicts(page: Page, trained: Trained, data: RecsysData) -> None:
 
 def _gates(page: Page, health: Health) -> None:
     for level, found in health.levels.items():
-        words = [part for part in level.split(".") if part not in ("network", "trunk", "level")]
-        section = page.section(f"Experts and gates: {' '.join(words) or 'all'}")
+        section = page.section(_title(level))
         for sentence in findings(found) or ["Nothing stands out: no expert is dead, owned by one task, or starved."]:
             section.text(sentence)
         section.figure(
             pictures.matrix(found.mass.numpy(), found.gates, found.experts),
             "Mean weight of every gate on every expert. A column with one dark cell is an expert that one task owns.",
         )
-        for name, levels in health.groups.items():
+        groups = {name: levels[level] for name, levels in health.groups.items() if level in levels}
+        for name, part in groups.items():
             section.figure(
-                pictures.matrix(levels[level].mass.numpy(), found.gates, found.experts), f"The same, rows with {name}."
+                pictures.matrix(part.mass.numpy(), found.gates, found.experts), f"The same, rows with {name}."
             )
         dominance = found.dominance()
         section.table(
@@ -164,3 +165,42 @@ def _gates(page: Page, health: Health) -> None:
         own = found.own_mass()
         if own:
             section.table([{"gate": g, "weight on own experts": m, "even spread": e} for g, (m, e) in own.items()])
+
+
+def _title(level: str) -> str:
+    words = [part for part in level.split(".") if part not in ("network", "trunk", "level")]
+    return f"Experts and gates: {' '.join(words) or 'all'}"
+
+
+def _sparse_gates(page: Page, health: Health) -> None:
+    for level, found in health.sparse.items():
+        section = page.section(_title(level))
+        for sentence in sparse_findings(found) or ["Nothing stands out: no expert is dead, or owned by one task."]:
+            section.text(sentence)
+        section.figure(
+            pictures.matrix(found.sent.numpy(), found.gates, found.experts),
+            f"Share of rows that every gate sends to every expert; each row goes to {found.top_k}. An empty column is "
+            "a dead expert, one dark cell in it an expert that one task owns.",
+        )
+        groups = {name: levels[level] for name, levels in health.sparse_groups.items() if level in levels}
+        for name, part in groups.items():
+            section.figure(
+                pictures.matrix(part.sent.numpy(), found.gates, found.experts), f"The same, rows with {name}."
+            )
+        section.figure(
+            pictures.matrix(found.mass.numpy(), found.gates, found.experts),
+            "Mean weight of every gate on every expert, 0 in rows that it sends elsewhere.",
+        )
+        weight, owners = found.chosen_weight().tolist(), [found.owner(i) for i in range(len(found.experts))]
+        section.table(
+            [
+                {
+                    "expert": name,
+                    "rows, of all gates' together": float(found.sent[:, i].sum() / found.sent.sum()),
+                    "mean weight where chosen": weight[i],
+                    "largest user": owners[i][0],
+                    "its part of the rows": owners[i][1],
+                }
+                for i, name in enumerate(found.experts)
+            ]
+        )

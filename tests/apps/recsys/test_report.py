@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 import moecore
 from apps.recsys.health import findings
+from apps.recsys.health_sparse import SparseStats, sparse_findings
 from moecore import ExpertStack, GateStats, MultiGate
+from moecore.multigate_bank import StackBank
+from moecore.multigate_sparse import SparseMultiGate
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,71 @@ def test_models_without_gates_have_the_other_sections(rec, small, tmp_path, name
     page = (tmp_path / "recsys" / name / "report.html").read_text()
     assert len(re.findall(r"<h2[^>]*>Experts and gates", page)) == levels
     assert "Calibration" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "changes"),
+    [
+        ("mmoe", 1, {"mmoe__num_experts": 4}),
+        ("ple", 2, {}),
+        ("home", 2, {"home__self_gate": "false", "home__feature_gate": "none"}),
+    ],
+)
+def test_sparse_gates_have_their_section(rec, small, tmp_path, name, levels, changes):
+    changes = {f"model__{key}": value for key, value in changes.items()} | {
+        f"model__{name}__top_k": 1,
+        "data__rows": 1000,
+    }
+    done = rec("train", *small(tmp_path, model__name=name, run__name=name, **changes), "--run.report=true")
+    assert (done.code, done.err) == (0, "")
+    page = (tmp_path / "recsys" / name / "report.html").read_text()
+    assert len(re.findall(r"<h2[^>]*>Experts and gates", page)) == levels
+    assert page.count("<figcaption>Share of rows that every gate sends to every expert; each row goes to 1.") == levels
+    for group in ("short", "long"):
+        assert page.count(f"<figcaption>The same, rows with {group} history.") == levels
+    shares = [float(row) for row in re.findall(r"<tr><td>[\w.]+</td><td class=number>([\d.e-]+)</td>", page)]
+    assert sum(shares) == pytest.approx(levels, abs=0.01)
+
+
+def sparse_level():
+    """Two gates of two experts each: one shared, one of its own; rows choose by the sign of their value."""
+    banks = {name: StackBank(1, 1, [4]) for name in ("shared", "a", "b")}
+    level = SparseMultiGate(banks, {"a": ["shared", "a"], "b": ["b", "shared"]}, 1, top_k=1)
+    with torch.no_grad():
+        for gate, scale in (("a", 5.0), ("b", 0.0)):
+            (weight,) = [p for p in level.gates[gate].parameters() if p.dim() == 2]
+            weight.copy_(torch.tensor([[scale], [-scale]]).view_as(weight))
+    return level
+
+
+def test_sparse_gates_are_counted_by_gate_and_expert():
+    level = sparse_level()
+    stats, group = SparseStats(level), SparseStats(level)
+    for values in ([1.0, 2.0, -1.0], [3.0]):  # batches
+        x = torch.tensor(values)[:, None]
+        with moecore.record(level) as recording:
+            level(x)
+        stats.update(recording)
+        group.update(recording, x[:, 0] < 0)
+    (found,), (part,) = stats.health().values(), group.health().values()
+    assert (found.gates, found.experts, found.top_k) == (("a", "b"), ("shared", "a", "b"), 1)
+    assert found.visible.tolist() == [[True, True, False], [True, False, True]]
+    assert found.sent.tolist()[0] == [0.75, 0.25, 0.0]
+    assert part.sent.tolist()[0] == [0.0, 1.0, 0.0]
+    assert sorted(found.sent.tolist()[1]) == [0.0, 0.0, 1.0]  # a tie, always to the same
+    assert found.mass[0].sum() <= 1
+    assert (found.mass > 0).tolist() == (found.sent > 0).tolist()
+    assert found.dead() in ([], ["b"])
+    dead = dataclasses.replace(found, sent=torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert (dead.dead(), dead.owner(0), dead.owner(1)) == (["a"], ("a", 1.0), ("none", 0.0))
+    assert sparse_findings(dead) == [
+        "Dead: no gate sends a row to a; raise the balance loss (balance), or take fewer experts.",
+        "Degradation: shared belongs to a, which sends 100% of its rows.",
+        "Collapse: a sends nearly all rows to shared; it chooses nothing.",
+        "Collapse: b sends nearly all rows to b; it chooses nothing.",
+    ]
+    even = dataclasses.replace(found, sent=torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]))
+    assert sparse_findings(even) == []
 
 
 def health_of(change):
