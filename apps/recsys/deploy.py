@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Encoded(nn.Module):
         rows = inputs[0].shape[0]
         sparse = named["sparse"] if "sparse" in named else torch.zeros(rows, 0, dtype=torch.int64)
         dense = named["dense"] if "dense" in named else torch.zeros(rows, 0)
+        dense = torch.where(dense.abs() == math.inf, math.nan, dense)  # missing, as columns of a log are read
         sequences = {one.name: named[f"sequence.{one.name}"] for one in self.spec.sequences}
         return log_probabilities(self.model(Batch(sparse, dense, sequences)).logits, self.spec.tasks).exp()
 
@@ -58,7 +60,7 @@ def export_onnx(trained: Trained, data: RecsysData, path: Path) -> dict[str, flo
 
     Inputs are one per feature, by its name: ids as int64 or text (as the vocabulary has them), numbers as float, all
     `[batch]`; sequences `[batch, length]`, oldest value first. Missing ids, and padding of sequences on the right, are
-    the least int64 or the empty text; missing numbers are NaN. Ids never seen are "unknown". The output is
+    the least int64 or the empty text; missing numbers are NaN, or infinite. Ids never seen are "unknown". The output is
     `probabilities`, `[batch, tasks]`, conditions included. The file's metadata says all of this.
 
     Args:

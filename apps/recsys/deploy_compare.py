@@ -24,7 +24,7 @@ def compare(trained: Trained, path: Path, frame: pd.DataFrame) -> dict[str, floa
     Args:
         trained: the model, on the CPU.
         path: of the file.
-        frame: raw rows; each is also tried with ids never seen and missing values.
+        frame: raw rows; each is also tried with ids never seen, and with missing values, which are then infinite.
 
     Returns:
         rows, max_error, max_relative_error (of each task over its largest probability, the worst task), CPU
@@ -39,6 +39,7 @@ def compare(trained: Trained, path: Path, frame: pd.DataFrame) -> dict[str, floa
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     both = [_both(session, trained, rows) for rows in (frame, unfamiliar(trained, frame))]
+    both.append(_both(session, trained, unfamiliar(trained, frame), infinite=True))
     ours, expected = (np.concatenate(parts) for parts in zip(*both, strict=True))
     errors = np.abs(ours - expected).max(0)
     relative = float((errors / np.maximum(np.abs(expected).max(0), 1e-12)).max())  # of numpy, which lets NaN win
@@ -52,8 +53,14 @@ def compare(trained: Trained, path: Path, frame: pd.DataFrame) -> dict[str, floa
     return figures | {"file_bytes": float(path.stat().st_size)}
 
 
-def _both(session: Any, trained: Trained, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    ours = session.run(None, feed(trained.transform, rows))[0]
+def _both(session: Any, trained: Trained, rows: pd.DataFrame, infinite: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Of the file and of PyTorch; with `infinite`, missing numbers are infinite in what the file gets."""
+    given = feed(trained.transform, rows)
+    if infinite:
+        signs = np.where(np.arange(len(rows)) % 4 < 2, np.float32(np.inf), np.float32(-np.inf))
+        for one in trained.spec.dense:
+            given[one.name] = np.where(np.isnan(given[one.name]), signs, given[one.name])
+    ours = session.run(None, given)[0]
     return ours, trained.score(trained.transform.encode(rows, labels=False))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from apps.errors import UserError
+from apps.recsys import deploy
 from apps.recsys.data import RecsysData
 from apps.recsys.deploy import export_onnx
 from apps.recsys.deploy_compare import compare, unfamiliar
@@ -106,6 +108,26 @@ def assert_plain_arrays_do(session) -> None:
     assert scores.shape == (2, len(json.loads(metadata["outputs"])))
     assert ((scores > 0) & (scores < 1)).all()
     assert (scores[:, 1] <= scores[:, 0]).all()  # buy, given a click
+
+
+def test_infinite_numbers_are_missing_ones(tmp_path, monkeypatch):
+    """In PyTorch, in the file, and in the rows that both are compared on."""
+    log = text_lists(small_log())
+    trained, data = make(every_kind(), log, tmp_path)
+    export_onnx(trained, data, tmp_path / "m.onnx")
+    session, rows = session_of(tmp_path / "m.onnx"), log.head(40)
+    missing = feed(trained.transform, rows.assign(price=np.nan, row=np.nan))
+    expected = session.run(None, missing)[0]
+    assert not np.allclose(session.run(None, feed(trained.transform, rows))[0], expected)
+    for value in (np.inf, -np.inf):
+        infinite = missing | {name: np.full(40, value, np.float32) for name in ("price", "row")}
+        assert np.array_equal(session.run(None, infinite)[0], expected)
+        read = trained.transform.encode(rows.assign(price=value, row=value), labels=False)
+        np.testing.assert_allclose(trained.score(read), expected, rtol=1e-4, atol=1e-6)
+    unaware = SimpleNamespace(inf=1e30, nan=np.nan)
+    monkeypatch.setattr(deploy, "math", unaware)  # what the file was without the rule
+    with pytest.raises(UserError, match=r"^export: outputs differ from PyTorch by "):
+        export_onnx(trained, data, tmp_path / "m.onnx")
 
 
 def assert_what_differs_is_refused(trained: Trained, path, log: pd.DataFrame) -> None:
