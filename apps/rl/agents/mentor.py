@@ -114,10 +114,10 @@ class Mentor(nn.Module):
     @torch.no_grad()
     def policy(self, obs: Shaped[np.ndarray, "B ..."]) -> Float[np.ndarray, "B A"]:
         """The same for environments, without dropout."""
-        training, device = self.training, next(self.parameters()).device
-        self.eval()
+        training, device = self.actor.training, next(self.parameters()).device
+        self.actor.eval()  # nothing else has a mode
         action = self(torch.from_numpy(obs).to(device)).float().cpu().numpy()
-        self.train(training)
+        self.actor.train(training)
         return action
 
     def noise(self, step: int) -> float:
