@@ -12,8 +12,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from apps.errors import UserError
 from apps.loading import ResumableLoader, as_is, limited
 from apps.recsys.batch import Batch, InputSpec
+from apps.recsys.columns import read_label
 from apps.recsys.data_settings import DataConfig
 from apps.recsys.generated import BAYES
 from apps.recsys.sources import Source, load_source
@@ -48,10 +50,24 @@ class RecsysData(LightningDataModule):
     def transform(self) -> Transform:
         """Learned from the training part."""
         fitted = Transform.fit(self.schema, self.parts["train"], self.config.embed_dim)
+        self._check_labels()
         if rank_zero_only.rank == 0:
             for note in fitted.notes:
                 print(f"note: {note}", flush=True)
         return fitted
+
+    def _check_labels(self) -> None:
+        """Every task needs a row to learn from, if of one class."""
+        empty = {name: self.schema.column(name) for name in self.schema.labels}
+        for frame in self.parts["train"].frames(list(empty.values())):
+            empty = {name: column for name, column in empty.items() if np.isnan(read_label(frame[column], name)).all()}
+            if not empty:
+                return
+        name, column = next(iter(empty.items()))
+        raise UserError(
+            f"labels.{name}: column {column!r} has no value in the training rows; fill it with 0 and 1, split "
+            "otherwise (data.split), or take it out of the schema"
+        )
 
     @property
     def spec(self) -> InputSpec:

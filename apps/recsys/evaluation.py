@@ -67,7 +67,7 @@ class Evaluation:
         for task in self.tasks:
             for name, figures in self.figures.items():
                 shown = {m: figures[task][m] for m in SHOWN if m in figures[task]}
-                found.append({"task": task, "model": name} | {m: _text(v) for m, v in shown.items()})
+                found.append({"task": task, "model": name} | {m: defined(v) for m, v in shown.items()})
         return found
 
     def scalars(self) -> dict[str, float]:
@@ -85,7 +85,8 @@ class Evaluation:
         return [task for task in self.tasks if math.isnan(self.figures[self.model][task]["auc"])]
 
 
-def _text(value: float) -> float | str:
+def defined(value: float) -> float | str:
+    """The value, or the word for what it is where there is none."""
     return "undefined" if math.isnan(value) else value
 
 

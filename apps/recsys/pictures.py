@@ -22,7 +22,8 @@ def calibration(curves: Mapping[str, Calibration]) -> Figure:
         seen = (curve.predicted > 0) & (curve.observed > 0)
         if seen.any():
             least = min(least, float(curve.predicted[seen].min()), float(curve.observed[seen].min()))
-        axes.plot(curve.predicted[seen], curve.observed[seen], "o-", markersize=3, color=expert_color(i), label=name)
+        label = f" {name}" if name.startswith("_") else name  # legends leave out what begins so
+        axes.plot(curve.predicted[seen], curve.observed[seen], "o-", markersize=3, color=expert_color(i), label=label)
     axes.plot([least, 1], [least, 1], color=GREY, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="predicted rate", ylabel="observed rate")
     for axis in (axes.xaxis, axes.yaxis):  # plain numbers: formulas are off in all figures
@@ -49,5 +50,6 @@ def matrix(
     )
     for (i, j), value in np.ndenumerate(values):
         dark = abs(value) > 0.6 * top
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        text = "undefined" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     return figure

@@ -47,12 +47,13 @@ def write_report(trained: Trained, evaluation: Evaluation, data: RecsysData, pat
 
 def _key_figures(trained: Trained, evaluation: Evaluation) -> dict[str, str]:
     means = {name: evaluation.mean(name) for name in evaluation.figures}
-    found = {"mean AUC over tasks": f"{means[evaluation.model]:.4f}"}
-    rivals = {n: v for n, v in means.items() if n not in (evaluation.model, "best possible")}
+    found = {"mean AUC over tasks": _figure(means[evaluation.model])}
+    known = {name: value for name, value in means.items() if not math.isnan(value)}
+    rivals = {n: v for n, v in known.items() if n not in (evaluation.model, "best possible")}
     if rivals:
         best = max(rivals, key=lambda name: rivals[name])
-        found[f"best baseline ({best})"] = f"{rivals[best]:.4f}"
-    if "best possible" in means:
+        found[f"best baseline ({best})"] = _figure(rivals[best])
+    if {evaluation.model, "best possible"} <= set(known):
         reached = (means[evaluation.model] - 0.5) / (means["best possible"] - 0.5)
         found["of the way from chance to the best possible"] = f"{reached:.0%}"
     tables = sum(p.numel() for name, p in trained.model.named_parameters() if ".tables." in name)
@@ -62,6 +63,10 @@ def _key_figures(trained: Trained, evaluation: Evaluation) -> dict[str, str]:
         "other parameters": f"{rest:,}",
         "rows per second": f"{evaluation.rows_per_second:,.0f}",
     }
+
+
+def _figure(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
 
 
 def _accuracy(page: Page, evaluation: Evaluation) -> None:
@@ -100,6 +105,9 @@ def _calibration(page: Page, evaluation: Evaluation) -> None:
         inside = ~np.isnan(evaluation.labels[:, i])
         if inside.any():
             curves[task] = calibration(evaluation.scores[evaluation.model][inside, i], evaluation.labels[inside, i])
+    if not curves:
+        section.text("No task has a label among the test rows.")
+        return
     section.figure(
         pictures.calibration(curves),
         "Predicted against observed rates, in bins of equally many rows, both on logarithmic scales. Points above the "

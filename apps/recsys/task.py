@@ -91,13 +91,14 @@ class RankTask(LightningModule):
         for i, task in enumerate(self.spec.tasks):
             inside = ~np.isnan(labels[:, i])
             value = auc(scores[inside, i], labels[inside, i])
-            losses.append(log_loss(scores[inside, i], labels[inside, i]))
+            if inside.any():
+                losses.append(log_loss(scores[inside, i], labels[inside, i]))
             if not math.isnan(value):
                 self.log(f"val/auc_{task.name}", value, sync_dist=True)
                 found.append(value)
         mean = sum(found) / len(found) if found else 0.5
         self.log("val/auc", mean, prog_bar=True, sync_dist=True)
-        self.log("val/log_loss", sum(losses) / len(losses), sync_dist=True)
+        self.log("val/log_loss", sum(losses) / max(len(losses), 1), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, and row by row for large tables, over the whole training."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from apps import output, training
 from apps.recsys.arguments import Benchmark, Evaluate, Export, Predict
 from apps.recsys.data import RecsysData
-from apps.recsys.evaluation import Evaluation
+from apps.recsys.evaluation import Evaluation, defined
 from apps.recsys.evaluation import evaluate as measure
 from apps.recsys.loading import Trained, load_trained
 from apps.recsys.settings import RecsysConfig
@@ -61,9 +62,9 @@ def _show(title: str, evaluation: Evaluation) -> None:
     for task in evaluation.undefined():
         print(f"note: {task} has one class among the test rows; its AUC is undefined")
     means = {name: evaluation.mean(name) for name in evaluation.figures}
-    output.show("mean AUC over tasks", means)
-    best = means.get("best possible")
-    if best is not None:
+    output.show("mean AUC over tasks", {name: defined(value) for name, value in means.items()})
+    best = means.get("best possible", math.nan)
+    if not math.isnan(best + means[evaluation.model]):
         reached = (means[evaluation.model] - 0.5) / (best - 0.5)
         print(f"  {evaluation.model} is {reached:.0%} of the way from chance to the best possible")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import moecore
+from apps.recsys import pictures
 from apps.recsys.health import findings
 from apps.recsys.health_sparse import SparseStats, sparse_findings
+from apps.recsys.metrics import calibration
 from moecore import ExpertStack, GateStats, MultiGate
 from moecore.multigate_bank import StackBank
 from moecore.multigate_sparse import SparseMultiGate
@@ -160,3 +163,16 @@ def test_what_stands_out_is_a_sentence(change, sentence):
     assert any(re.fullmatch(sentence, one) for one in found), found
     before = findings(health_of(lambda level: None))
     assert not any(re.fullmatch(sentence, one) for one in before), before
+
+
+@pytest.mark.parametrize("name", ["click", "_click"])
+@pytest.mark.parametrize("labels", [np.zeros(50), np.arange(50.0) % 2])
+def test_calibration_is_drawn_without_a_warning(name, labels):
+    curve = calibration(np.linspace(0, 1, 50), labels)
+    (axes,) = pictures.calibration({name: curve}).axes
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [name]
+
+
+def test_a_value_that_is_none_is_written_as_a_word():
+    (axes,) = pictures.matrix(np.array([[0.25, np.nan]]), ["a"], ["b", "c"], signed=True).axes
+    assert [text.get_text() for text in axes.texts] == ["0.25", "undefined"]

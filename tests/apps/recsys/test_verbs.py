@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,33 @@ def test_one_class_is_a_note_and_an_undefined_auc(rec, small, own, tmp_path):
     assert "note: buy" in done.out
     assert "undefined" in done.out
     assert json.loads((tmp_path / "x.json").read_text())["buy/auc"] is None
+
+
+@pytest.mark.parametrize(("first", "streaming"), [(0, "never"), (0, "always"), (340, "never")])
+def test_a_task_without_any_label_to_learn_from_is_refused(rec, small, own, tmp_path, first, streaming):
+    """In no row, or in those for testing only."""
+    frame = small_log().assign(buy=lambda log: log["buy"].where(log["row"] >= first) if first else np.nan)
+    done = rec("train", *small(tmp_path, **own(frame), data__streaming=streaming))
+    assert done.line == (
+        "labels.buy: column 'buy' has no value in the training rows; fill it with 0 and 1, split otherwise "
+        "(data.split), or take it out of the schema"
+    )
+    assert not (tmp_path / "recsys").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, 0])
+def test_tasks_undefined_in_testing_are_called_so(rec, small, own, tmp_path, value):
+    """Warnings are errors here; the report has a word for every figure."""
+    frame = small_log()
+    frame.loc[310:, ["click", "buy"]] = value
+    flags = small(tmp_path, **own(frame), run__name="mine", data__batch_size=50)
+    done = rec("train", *flags, "--run.report=true")
+    assert (done.code, done.err) == (0, "")
+    assert not re.search(r"\bnan\b", done.out)
+    assert re.search(r"mean AUC over tasks\n  MMoE +undefined\n", done.out)
+    page = re.sub(r'src="[^"]*"', "", (tmp_path / "recsys" / "mine" / "report.html").read_text())
+    assert not re.search(r"\bnan\b", page)
+    assert "<b>undefined</b><span>mean AUC over tasks</span>" in page
 
 
 @pytest.mark.parametrize(
