@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from apps.recsys.models.build import FAMILIES, Ranker
 from apps.recsys.optimizers import make_optimizer
 from apps.recsys.settings import RecsysConfig
 from apps.recsys.task import trainable_model
+from apps.timing import interleaved
 
 STEPS, CALLS = 12, 20
 """Training steps and ranking calls in a round."""
@@ -57,8 +57,8 @@ def run_benchmark(config: RecsysConfig, args: Benchmark) -> list[dict[str, Any]]
     if args.peers:
         trains_of, calls_of, count = _peers(config, data, size, ranked)
         trains, calls, parameters = trains | trains_of, calls | calls_of, parameters | count
-    rates = _interleaved(trains, args.rounds, STEPS)
-    spent = _interleaved(calls, args.rounds, CALLS)
+    rates = interleaved(trains, args.rounds, STEPS)
+    spent = interleaved(calls, args.rounds, CALLS)
     first = next(iter(trains))
     return [
         {
@@ -121,16 +121,3 @@ def _peers(config: RecsysConfig, data: RecsysData, size: int, ranked: int) -> tu
     except ImportError as error:
         raise UserError(f"peers=true: {error}; pip install torch-rechub") from error
     return rechub_contenders(config, data, size, ranked)
-
-
-def _interleaved(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
-    """CPU seconds of every call."""
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, step in steps.items():
-            for _ in range(count):
-                started = time.process_time()
-                step()
-                if number:
-                    spent[name].append(time.process_time() - started)
-    return spent

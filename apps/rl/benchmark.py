@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from apps.rl.data import RLData, spec_of
 from apps.rl.loading import load_trained
 from apps.rl.settings import RLConfig
 from apps.rl.spaces import Transitions
+from apps.timing import interleaved
 
 STEPS = 8
 """Calls in a round."""
@@ -46,7 +46,7 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
             while data.replay.sampleable(config.agent.n_step) < config.collect.batch_size:
                 data.collector.step(data.explore)
             calls = _collection(config, data) | _learning(config, data)
-            spent = _interleaved(calls, args.rounds)
+            spent = interleaved(calls, args.rounds, STEPS)
         finally:
             data.collector.close()
     rows = []
@@ -116,15 +116,3 @@ def _mixture(layer: MoELayer, x: Tensor) -> Call:
         layer(inputs).square().mean().backward()
 
     return call
-
-
-def _interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, call in calls.items():
-            for _ in range(STEPS):
-                started = time.process_time()
-                call()
-                if number:
-                    spent[name].append(time.process_time() - started)
-    return spent

@@ -1,9 +1,9 @@
 """Forecasting with Mixture-of-Experts models."""
 
 from apps.cli import App
+from apps.settings import other_models
 from apps.timeseries.arguments import ARGUMENTS
 from apps.timeseries.settings import TimeseriesConfig
-from apps.settings import other_models
 
 APP = App(
     name="timeseries",

@@ -70,6 +70,16 @@ def flags(settings: Mapping[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def flags_of(tiny: Mapping[str, object]) -> Callable[..., list[str]]:
+    """Makes the flags of a small run below a folder; keyword arguments change its settings, `__` for dots."""
+
+    def make(root: Path, **changes: object) -> list[str]:
+        given = {name.replace("__", "."): value for name, value in changes.items()}
+        return flags({**tiny, "run.root": root, **given})
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """Runs a command line in this process."""
@@ -79,12 +89,7 @@ def cli() -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., list[str]]:
     """Flags of a run that takes half a second; keyword arguments change them, `__` for dots."""
-
-    def make(root: Path, **changes: object) -> list[str]:
-        given = {name.replace("__", "."): value for name, value in changes.items()}
-        return flags(TINY | {"run.root": root} | given)
-
-    return make
+    return flags_of(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from apps.recsys import APP
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
-from tests.apps.conftest import Result, run
+from tests.apps.conftest import Result, flags_of, run
 
 TINY = {
     "data.rows": 2000,
@@ -46,12 +46,7 @@ def rec() -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def small() -> Callable[..., list[str]]:
     """Flags of a run that takes a second; keyword arguments change them, `__` for dots."""
-
-    def make(root: Path, **changes: object) -> list[str]:
-        given = {name.replace("__", "."): value for name, value in changes.items()}
-        return [f"--{name}={value}" for name, value in (TINY | {"run.root": root} | given).items()]
-
-    return make
+    return flags_of(TINY)
 
 
 @pytest.fixture(scope="session")
