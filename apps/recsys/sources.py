@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from lightning.pytorch.utilities import rank_zero_only
 
 from apps.errors import UserError
 from apps.recsys import published
 from apps.recsys.data_settings import DataConfig
 from apps.recsys.generated import generate, generated_schema
-from apps.recsys.inference import infer_schema
+from apps.recsys.inference import guess
 from apps.recsys.schema import Schema, read_schema
 from apps.recsys.splits import Rows, check, split
 from apps.recsys.tables import FrameTable, Table, is_table, megabytes, open_table, suffix
@@ -99,7 +100,7 @@ def from_frame(frame: pd.DataFrame, config: DataConfig, schema: Schema | None = 
     """
     table = FrameTable(frame)
     if schema is None:
-        schema = read_schema(config.schema) if config.schema is not None else infer_schema(frame)
+        schema = read_schema(config.schema) if config.schema is not None else _guessed(frame)
     table.expect(schema.columns())
     return Source(schema, _cut(table, schema, published.Log(table, schema), config))
 
@@ -150,8 +151,17 @@ def _own(config: DataConfig, schema: Schema | None) -> published.Log:
     tables = {name: open_table(file) for name, file in files.items()}
     table = None if tables else open_table(path)
     if schema is None and config.schema is None:
-        schema = infer_schema(tables.get("train") or table)
+        schema = _guessed(tables.get("train") or table)
     return published.Log(table, schema, files=tables)
+
+
+def _guessed(data: pd.DataFrame | Table) -> Schema:
+    """What the columns seem to mean; printed, as it is to be looked at."""
+    found = guess(data)
+    if rank_zero_only.rank == 0:
+        lines = found.lines()
+        print("\n  ".join(["no data.schema, guessed from the first rows:", *lines]), flush=True)
+    return found.schema
 
 
 def _named(path: Path) -> dict[str, Path]:
