@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -40,11 +42,12 @@ class Recommender:
         """Names of the tasks, in the order of their columns."""
         return [task.name for task in self.trained.spec.tasks]
 
-    def predict(self, df: pd.DataFrame) -> pd.DataFrame:
+    def predict(self, df: pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> pd.DataFrame:
         """Score every row.
 
         Args:
-            df: with the feature columns of the model's schema; ids never seen are scored too.
+            df: with the feature columns of the model's schema, or what makes a `pandas.DataFrame` (dictionaries of
+                rows, or of columns); ids never seen are scored too.
 
         Returns:
             The columns of user, item and time that the schema names (all columns if it names none), and a probability
@@ -53,7 +56,7 @@ class Recommender:
         Raises:
             UserError: a column is missing, or a value cannot be what the schema says.
         """
-        return score_frame(self.trained, df)
+        return score_frame(self.trained, pd.DataFrame(df))
 
     def rank(self, df: pd.DataFrame, top: int = 20, by: str | None = None) -> pd.DataFrame:
         """The best candidates of every user.

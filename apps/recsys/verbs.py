@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from apps import output, training
 from apps.recsys.arguments import Benchmark, Evaluate, Export, Predict
 from apps.recsys.data import RecsysData
@@ -15,6 +17,7 @@ from apps.recsys.settings import RecsysConfig
 from apps.recsys.task import RankTask
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
 from apps.verbs import Report, Search, Train
+from moecore.files import write_atomic
 
 
 def train(config: RecsysConfig, args: Train, source: str | None) -> None:
@@ -29,6 +32,8 @@ def train(config: RecsysConfig, args: Train, source: str | None) -> None:
     if resume:
         training.check_fits(load_checkpoint(resume, "recsys")["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
+    if rank_zero_only.rank == 0:
+        write_atomic(folder / "schema.yaml", data.schema.yaml())
     trainer = training.make_trainer(config.trainer, config.run, config.optim.ema_decay, folder, "val/auc", "max")
     if trainer.is_global_zero:
         print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)

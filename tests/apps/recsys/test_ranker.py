@@ -64,6 +64,12 @@ def test_rows_keep_their_index_and_are_not_changed(recommender, candidates):
     assert recommender.rank(shuffled, top=1)["user_id"].is_unique
 
 
+def test_dictionaries_are_frames_too(recommender, candidates):
+    expected = recommender.predict(candidates)
+    for form in ("records", "list"):
+        pd.testing.assert_frame_equal(recommender.predict(candidates.to_dict(form)), expected)
+
+
 def test_mistakes_are_one_line(recommender, candidates, tmp_path):
     assert recommender.tasks == list(TASKS)
     with pytest.raises(UserError, match=r"by=buy: no such task; choose one of click, long_view, like, follow"):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from apps.recsys.generated import TASKS, generate
+from apps.recsys.schema import read_schema
 from tests.apps.recsys.conftest import small_log, small_schema
 
 
@@ -161,3 +163,12 @@ def test_a_checkpoint_is_used_with_its_own_schema_alone(rec, small, own, tmp_pat
     for argv in verbs:  # what training was given may be gone
         assert rec(*argv).code == 0
     assert (tmp_path / "s.csv").read_text() == before
+
+
+def test_the_schema_is_kept_as_a_file_that_trains_again(rec, small, home_run, tmp_path):
+    file = home_run / "schema.yaml"
+    assert read_schema(file).labels.keys() == set(TASKS)
+    generate(2000).to_parquet(tmp_path / "log.parquet")
+    done = rec("train", *small(tmp_path, data__source=tmp_path / "log.parquet", data__schema=file))
+    assert (done.code, done.err) == (0, "")
+    assert "guessed" not in done.out
