@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from apps.errors import UserError
 from apps.recsys.columns import read_lists
-from apps.recsys.printed import are_printed
+from apps.recsys.printed import SEPARATORS, are_printed
 from apps.recsys.schema import FeatureSpec, LabelSpec, Schema
 from apps.recsys.tables import Table, open_table
 from apps.recsys.vocabulary import read_ids
@@ -70,7 +70,6 @@ ID_NOUNS = ("session", "user", "item", "member", "visitor", "customer", "cookie"
 """Ids if they come last in a name: a session, not its length."""
 EXACT = 2**53
 """Larger integers are no quantities: floats cannot tell them apart."""
-SEPARATORS = ("|", ",", ";")
 TOKEN_LETTERS = 24
 """Values of a list are no longer than that on average."""
 USER_NAMES = ("user_id", "userid", "user", "uid", "member_id", "visitor_id", "customer_id")

@@ -11,6 +11,10 @@ import pyarrow.compute as pc
 
 from apps.errors import UserError
 
+SEPARATORS = ("|", ",", ";")
+"""What stands between values of lists that are written as text."""
+ENOUGH = 20
+"""Rows from which on a separator that is nowhere is a mistake."""
 LISTED = r"(?s)^\s*(\[[^\[\]]*\]|\([^()]*\)|\[\s*['\"].*['\"]\s*\])\s*$"
 """A list or tuple; its values may hold brackets if they are quoted."""
 TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|,|[^\s,'"]+|['"]""", re.DOTALL)
@@ -36,10 +40,12 @@ def split_lists(text: pa.Array, separator: str, column: pd.Series) -> pa.Array:
         column: where the text is from, for the error.
 
     Raises:
-        UserError: a list with spaces between its values, as NumPy prints it, whose values cannot be told apart.
+        UserError: a list with spaces between its values, as NumPy prints it, whose values cannot be told apart; text
+            with another separator.
     """
     printed = pc.match_substring_regex(text, LISTED)
     if not pc.any(printed).as_py():
+        _expect_separator(text, separator, column)
         return _trimmed(pc.split_pattern(text, separator))
     apart = pc.match_substring(text, separator)
     comma = pc.match_substring(text, ",")
@@ -66,6 +72,18 @@ def split_lists(text: pa.Array, separator: str, column: pd.Series) -> pa.Array:
             )
         joined.append(BETWEEN.join(values))
     return _trimmed(pc.split_pattern(pc.replace_with_mask(parts, slow, pa.array(joined, parts.type)), BETWEEN))
+
+
+def _expect_separator(text: pa.Array, separator: str, column: pd.Series) -> None:
+    """Raise if the separator is nowhere in the column and another in most of its rows."""
+    if len(text) < ENOUGH or pc.any(pc.match_substring(text, separator)).as_py():
+        return
+    for other in SEPARATORS:
+        if other != separator and (pc.sum(pc.match_substring(text, other)).as_py() or 0) > len(text) / 2:
+            raise UserError(
+                f"column {column.name!r}: no {separator!r} in any row and {other!r} in most; the schema's separator is "
+                f"{separator!r}: write values with that, or lists in Parquet, or train with separator: {other!r}"
+            )
 
 
 def _trimmed(lists: pa.Array) -> pa.Array:

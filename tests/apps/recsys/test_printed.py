@@ -67,3 +67,12 @@ def test_what_cannot_be_told_apart_is_one_line(text):
 
 def test_lists_of_integers_beyond_64_bits():
     assert read([[10**24, 5], [7]]) == [[str(10**24), "5"], ["7"]]
+
+
+def test_text_with_another_separator_than_the_schema_says():
+    column = pd.Series(["a|b|c", "b|c", "c"] * 20, name="seen")
+    assert read_lists(column, "|").lengths[:3].tolist() == [3, 2, 1]
+    with pytest.raises(UserError, match=r"column 'seen': no ',' in any row and '\|' in most; .* separator: '\|'"):
+        read_lists(column, ",")
+    assert len(read_lists(column[:6], ",").lengths) == 6  # too few to tell
+    assert len(read_lists(pd.Series(["one value"] * 40, name="seen"), ",").lengths) == 40
