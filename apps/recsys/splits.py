@@ -104,7 +104,10 @@ def split(
         rule = Rule((user,), lambda frame, file: _by_chance(_mixed(user_numbers(frame[user]), seed), shares))
     else:
         table.expect([_needed(time, "time", how)])
-        rule = by_borders(time, _borders(table, time, shares))
+        borders = _borders(table, time, shares)
+        if len(set(borders)) < len(borders):
+            raise UserError(f"data.split=time: too many rows have one time in column {time!r}; split at random")
+        rule = by_borders(time, borders)
     return check({name: Rows(table, rule, i) for i, name in enumerate(names)}, how)
 
 
@@ -136,13 +139,17 @@ def times(column: pd.Series) -> np.ndarray:
     Raises:
         UserError: it holds what is no time, or gaps.
     """
+    given = column
     if not pd.api.types.is_numeric_dtype(column):
         column = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True).astype("datetime64[us, UTC]")
         column = column.astype(np.int64).where(column.notna())
     values = column.to_numpy(np.float64, na_value=np.nan)
     if np.isnan(values).any():
-        row = column.index[int(np.isnan(values).argmax())]
-        raise UserError(f"column {column.name!r}, row {row}: is no time; fill it in, or split otherwise (data.split)")
+        place = int(np.isnan(values).argmax())
+        value = given.iloc[place]
+        is_gap = pd.isna(value) or value == ""
+        ask = "is empty; fill it in" if is_gap else f"{value!r} is no time; write 2024-05-31 18:30:00, or a number"
+        raise UserError(f"column {column.name!r}, row {column.index[place]}: {ask}; or split otherwise (data.split)")
     return values
 
 

@@ -77,9 +77,9 @@ def test_times_are_numbers_or_dates():
     dates = pd.Series(["2022-05-01", "2022-05-02 10:00:00", "2022-05-02T10:00:01"])
     assert (np.diff(times(dates)) > 0).all()
     assert np.array_equal(times(dates), times(pd.to_datetime(dates, format="ISO8601")))
-    with pytest.raises(UserError, match=r"^column 't', row 1: is no time"):
+    with pytest.raises(UserError, match=r"^column 't', row 1: is empty; fill it in"):
         times(pd.Series([1.0, np.nan], name="t"))
-    with pytest.raises(UserError, match=r"^column 't', row 1: is no time"):
+    with pytest.raises(UserError, match=r"^column 't', row 1: 'soon' is no time; write 2024-05-31"):
         times(pd.Series(["2022-01-01", "soon"], name="t"))
 
 
@@ -88,8 +88,10 @@ def test_what_cannot_be_split():
         split(FrameTable(LOG), "time", SHARES, 0)
     with pytest.raises(UserError, match="no column 'who'"):
         split(FrameTable(LOG), "user", SHARES, 0, user="who")
-    with pytest.raises(UserError, match=r"^data.split=time: no row is left for train; change data.shares"):
+    with pytest.raises(UserError, match=r"^data.split=time: too many rows have one time in column 'when'"):
         cut(FrameTable(LOG.assign(when=5)), "time")
+    with pytest.raises(UserError, match=r"^data.split=random: no row is left for .*; change data.shares"):
+        cut(FrameTable(LOG.iloc[:1]), "random")
 
 
 def test_numbers_of_users():
