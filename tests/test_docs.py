@@ -262,11 +262,12 @@ def example_app(tmp_path, monkeypatch) -> Path:
     "file", [block.file for block in blocks(APP_GUIDE, "python") if "/test_" in (block.file or "")]
 )
 def test_tests_of_the_example_app_pass(file, example_app, tmp_path_factory, capsys):
-    for name, test in runpy.run_path(str(example_app / file)).items():
-        if name.startswith("test_"):
-            given = {"tmp_path": tmp_path_factory.mktemp("runs"), "capsys": capsys}
-            capsys.readouterr()
-            test(**{key: value for key, value in given.items() if key in inspect.signature(test).parameters})
+    tests = [one for name, one in runpy.run_path(str(example_app / file)).items() if name.startswith("test_")]
+    assert tests
+    for test in tests:  # the assertions are theirs
+        given = {"tmp_path": tmp_path_factory.mktemp("runs"), "capsys": capsys}
+        capsys.readouterr()
+        test(**{key: value for key, value in given.items() if key in inspect.signature(test).parameters})
 
 
 # Links

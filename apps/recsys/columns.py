@@ -88,7 +88,7 @@ def read_lists(column: pd.Series, separator: str) -> Lists:
     """A column of lists: lists or arrays, text with separators, printed lists (JSON, Python, NumPy), or single values.
 
     Raises:
-        UserError: a printed list whose values cannot be told apart.
+        UserError: a printed list whose values cannot be told apart; text with another separator.
     """
     values = _arrow(column)
     if values is None:  # lists that Arrow cannot take: of several kinds, or of integers beyond 64 bits

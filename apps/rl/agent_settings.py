@@ -133,3 +133,16 @@ class AgentConfig:
         require(0 < self.gamma <= 1, "agent.gamma", self.gamma, "must lie in (0, 1]")
         require(0 < self.tau <= 1, "agent.tau", self.tau, "must lie in (0, 1]")
         require(self.shift >= 0, "agent.shift", self.shift, "must not be negative")
+
+
+def idle_settings(agent: AgentConfig) -> dict[str, str]:
+    """Prefixes of settings that do nothing beside the others, with what would change that."""
+    idle: dict[str, str] = {}
+    if "moe" not in (agent.actor, agent.critic):  # sizes count: the dense layer has their multiply-adds
+        idle |= dict.fromkeys(("agent.moe.aux", "agent.moe.gate_dropout"), "give --agent.actor moe")
+    if agent.perturb.kind == "none":
+        names = ("interval", "pool", "max_factor", "min_factor")
+        idle |= {f"agent.perturb.{name}": "give --agent.perturb.kind" for name in names}
+    if not agent.value:
+        idle |= dict.fromkeys(("agent.expectile", "agent.value_share"), "give --agent.value true")
+    return idle

@@ -21,8 +21,8 @@ from apps.rl.replay import Replay
 from apps.rl.restart import digest, restartable
 from moecore.errors import require
 
-EPISODES, STEPS = 0, 1
-"""What seeds are for."""
+EPISODES = 0
+"""Stream of the seeds of episodes."""
 
 Act = Callable[[Shaped[np.ndarray, "E ..."], int], Float[np.ndarray, "E A"]]
 
@@ -48,8 +48,8 @@ class Episode:
 class Collector:
     """Takes agent steps in all environments at once and fills a replay.
 
-    An episode's reset is seeded by (seed, environment, number of the episode); exploration noise by the step, see
-    `step_generator`. So a run is repeated exactly, and continued exactly from `state` and the replay's.
+    An episode's reset is seeded by (seed, environment, number of the episode), and who acts is told the step to draw
+    noise by. So a run is repeated exactly, and continued exactly from `state` and the replay's.
 
     Args:
         make: one function per environment; pickled if asynchronous.
@@ -64,7 +64,7 @@ class Collector:
     def __init__(
         self, make: Sequence[Callable[[], gym.Env]], replay: Replay, seed: int, asynchronous: bool = False
     ) -> None:
-        require(len(make) == replay.num_envs, "replay.num_envs", replay.num_envs, f"must be {len(make)}")
+        require(len(make) == replay.num_envs, "collect.num_envs", replay.num_envs, f"must be {len(make)}")
         require(seed >= 0, "seed", seed, "must not be negative")
         self.replay, self.seed = replay, seed
         self.steps = 0
@@ -200,11 +200,6 @@ class Collector:
 def episode_seed(seed: int, env: int, number: int) -> int:
     """Seed of an episode's reset; below 2^31, which is what all environments take."""
     return int(np.random.SeedSequence((EPISODES, seed, env, number)).generate_state(1)[0] >> 1)
-
-
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Source of an agent step's exploration noise."""
-    return np.random.default_rng(np.random.SeedSequence((STEPS, seed, step)))
 
 
 def _vector(make: list[Callable[[], gym.Env]], asynchronous: bool) -> SyncVectorEnv | AsyncVectorEnv:

@@ -36,9 +36,9 @@ class Replay:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, slack: int, num_envs: int = 1) -> None:
-        require(num_envs >= 1, "replay.num_envs", num_envs, "must be at least 1")
+        require(num_envs >= 1, "collect.num_envs", num_envs, "must be at least 1")
         least = num_envs * (spec.frame_stack + 1)
-        require(capacity >= least, "replay.capacity", capacity, f"must be at least {least}")
+        require(capacity >= least, "collect.capacity", capacity, f"must be at least {least}")
         require(slack >= 0, "replay.slack", slack, "must not be negative")
         self.spec, self.num_envs, self.slack = spec, num_envs, slack
         self.capacity = capacity // num_envs
@@ -140,7 +140,7 @@ class Replay:
             task=entries["task"][:, 0].astype(np.int64),
         )
 
-    def latest(self) -> Shaped[np.ndarray, E * stacked]:
+    def latest(self) -> Shaped[np.ndarray, "E ..."]:
         """What an agent sees in each environment now; every one must have begun an episode."""
         newest = self._count - 1
         return self._stack(np.arange(self.num_envs), newest, newest - self._start)
@@ -157,7 +157,7 @@ class Replay:
         """
         return self._entries["action"][self._episode_rows(env)[1:]]
 
-    def frames_of_episode(self, env: int) -> tuple[Shaped[np.ndarray, steps + 1 * frame], Float[np.ndarray, " steps"]]:
+    def frames_of_episode(self, env: int) -> tuple[Shaped[np.ndarray, "steps_and_1 ..."], Float[np.ndarray, " steps"]]:
         """Frames and rewards of the running episode; raises as `actions_of_episode`."""
         rows = self._episode_rows(env)
         return self._frames[rows], self._entries["reward"][rows[1:]]
@@ -174,13 +174,13 @@ class Replay:
         """
         count = np.array(state["count"], np.int64)
         if count.shape != self._count.shape:
-            raise UserError(f"replay.num_envs={self.num_envs}: the checkpoint has {len(count)}: keep that number")
+            raise UserError(f"collect.num_envs={self.num_envs}: the checkpoint has {len(count)}: keep that number")
         for env in range(self.num_envs):
             position = np.arange(max(0, count[env] - self.capacity), count[env])
             if not np.array_equal(self._entries["position"][self._rows(env, position)], position + 1):
                 raise UserError(
                     f"replay={self._files.folder}: does not hold the checkpoint's entries (any more): resume from a "
-                    "newer checkpoint, put back the folder saved with it, or start anew with more replay.slack"
+                    "newer checkpoint, put back the folder saved with it, or start anew"
                 )
         newest = self._entries[self._rows(np.arange(self.num_envs), np.maximum(count - 1, 0))]
         some = count > 0

@@ -66,7 +66,8 @@ class ReplayFiles:
         handles = [_lock(self.folder)]
         self.close = weakref.finalize(self, _close, handles)
         """Let other processes open the folder."""
-        meta = {"env": asdict(spec), "replay": {"capacity": capacity, "slack": slack, "num_envs": num_envs}}
+        sizes_of = {"collect": {"capacity": capacity, "num_envs": num_envs}, "replay": {"slack": slack}}
+        meta = {"env": asdict(spec), **sizes_of}
         _describe(self.folder, meta, sizes)
         self._maps = [
             np.memmap(self.folder / name, dtype, "r+", shape=shape) for name, (dtype, shape) in layout.items()
@@ -153,6 +154,6 @@ def _allocate(handle: int, offset: int, length: int, files: ReplayFiles) -> None
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
             return
         raise UserError(
-            f"replay.capacity={files.capacity}: no room in {files.folder} ({error.strerror}): it takes "
+            f"collect.capacity={files.capacity}: no room in {files.folder} ({error.strerror}): it takes "
             f"{files.nbytes / 1e9:.3g} GB when full: free disk space, then resume, or start anew with a lower capacity"
         ) from None

@@ -13,6 +13,7 @@ import yaml
 from apps import search, tree
 from apps.errors import UserError
 from apps.recsys.settings import RecsysConfig
+from apps.rl.settings import RLConfig
 from apps.search_settings import refuse_idle, remember
 from apps.timeseries.settings import TimeseriesConfig
 from apps.verbs import Search
@@ -30,9 +31,10 @@ def begin():
     """Begins or continues a study over vision models, by settings and space."""
     study = optuna.create_study(study_name="mine")
 
-    def call(space=RATE, **changes: object) -> None:
+    def call(space=RATE, **changes: object) -> optuna.Study:
         config = tree.changed(VisionConfig(), {name.replace("__", "."): value for name, value in changes.items()})
         remember(study, config, space, unused("vision"), "give another --study")
+        return study
 
     return call
 
@@ -47,8 +49,9 @@ def begin():
     ],
 )
 def test_a_study_goes_on_with_settings_that_give_the_same(begin, changes):
-    begin()
-    begin(**changes)
+    kept = dict(begin().user_attrs)
+    assert kept["settings"]["varied"] == ["optim.lr"]
+    assert begin(**changes).user_attrs == kept
 
 
 @pytest.mark.parametrize(
@@ -130,8 +133,19 @@ def test_experts_of_a_model_without_any_are_no_space():
         refuse_idle(space, dense, unused("vision"))
 
 
-@pytest.mark.parametrize("app", ["recsys", "timeseries", "vision"])
+@pytest.mark.parametrize("app", ["recsys", "rl", "timeseries", "vision"])
 def test_the_space_of_an_app_suits_its_defaults(app):
     root = Path(__file__).parents[2]
     config = importlib.import_module(f"apps.{app}").APP.config()
-    refuse_idle(search.load_space(root / "configs" / app / "space.yaml", app), config, unused(app))
+    space = search.load_space(root / "configs" / app / "space.yaml", app)
+    assert space
+    refuse_idle(space, config, unused(app))  # raises where a setting does nothing
+
+
+def test_parts_of_an_agent_that_are_off_are_no_space():
+    space = {"agent.perturb.max_factor": {"low": 0.5, "high": 1.0}}
+    with pytest.raises(UserError, match=r"agent\.perturb\.max_factor: does nothing .* --agent\.perturb\.kind"):
+        refuse_idle(space, tree.changed(RLConfig(), {"agent.perturb.kind": "none"}), unused("rl"))
+    space = {"agent.moe.aux_scale": {"low": 0.01, "high": 0.1}}
+    with pytest.raises(UserError, match=r"agent\.moe\.aux_scale: does nothing .* --agent\.actor moe"):
+        refuse_idle(space, tree.changed(RLConfig(), {"agent.actor": "dense"}), unused("rl"))

@@ -79,7 +79,7 @@ class Skills(gymnasium.Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Float[np.ndarray, 13], dict[str, Any]]:
+    ) -> tuple[Float[np.ndarray, " 13"], dict[str, Any]]:
         """Begin an episode; `options={"task": number}` chooses its skill."""
         super().reset(seed=seed)
         drawn = int(self.np_random.integers(len(self.task_names)))
@@ -92,7 +92,9 @@ class Skills(gymnasium.Env):
         self.pressed = False
         return self._state(), {"task": self.task, "success": False}
 
-    def step(self, action: Float[np.ndarray, 2]) -> tuple[Float[np.ndarray, 13], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: Float[np.ndarray, " 2"]
+    ) -> tuple[Float[np.ndarray, " 13"], float, bool, bool, dict[str, Any]]:
         """Move, push and chase; time limits are the registration's."""
         before = self._potential()
         self.agent = np.clip(self.agent + SPEED * np.clip(action, -1, 1), AGENT - 1, 1 - AGENT)
@@ -115,7 +117,7 @@ class Skills(gymnasium.Env):
         scale = size / 2 - edge
         rectangle(image, (edge, edge), (size - edge, size - edge), _FLOOR)
 
-        def pixel(point: Float[np.ndarray, 2]) -> tuple[float, float]:
+        def pixel(point: Float[np.ndarray, " 2"]) -> tuple[float, float]:
             return size / 2 + scale * float(point[0]), size / 2 - scale * float(point[1])
 
         x, y = pixel(self.square)
@@ -130,7 +132,7 @@ class Skills(gymnasium.Env):
         """The scene at `render_size`."""
         return self.draw_at(self.render_size)
 
-    def _scatter(self) -> list[Float[np.ndarray, 2]]:
+    def _scatter(self) -> list[Float[np.ndarray, " 2"]]:
         """Four places apart from each other, drawn until they are."""
         places: list[np.ndarray] = []
         while len(places) < 4:
@@ -161,10 +163,10 @@ class Skills(gymnasium.Env):
             return -_norm(self.agent - self.button)
         return -_norm(self.disc - self.square) - 0.5 * _norm(self.agent - self.disc)
 
-    def _near(self, place: Float[np.ndarray, 2], radius: float) -> bool:
+    def _near(self, place: Float[np.ndarray, " 2"], radius: float) -> bool:
         return _norm(self.agent - place) < AGENT + radius
 
-    def _inside(self, place: Float[np.ndarray, 2]) -> bool:
+    def _inside(self, place: Float[np.ndarray, " 2"]) -> bool:
         """Whether a point lies in the square."""
         return float(np.abs(place - self.square).max()) < SQUARE
 
@@ -178,11 +180,11 @@ class Skills(gymnasium.Env):
             return self._inside(self.agent) and not touched, touched
         return self._inside(self.disc) and (self.skill == "push" or self.pressed), False
 
-    def _state(self) -> Float[np.ndarray, 13]:
+    def _state(self) -> Float[np.ndarray, " 13"]:
         flags = [float(self.skill == skill) for skill in SKILLS]
         places = (*self.agent, *self.disc, *self.square, *self.button)
         return np.array([*places, float(self.pressed), *flags], dtype=np.float32)
 
 
-def _norm(vector: Float[np.ndarray, 2]) -> float:
+def _norm(vector: Float[np.ndarray, " 2"]) -> float:
     return float(np.hypot(vector[0], vector[1]))

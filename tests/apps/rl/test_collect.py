@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from apps.errors import ConfigError, UserError
-from apps.rl.collect import Collector, Episode, episode_seed, step_generator
+from apps.rl.collect import Collector, Episode, episode_seed
 from apps.rl.replay import Replay
 from apps.rl.spaces import EnvSpec, Transitions
 from moecore.files import write_atomic
@@ -79,7 +79,7 @@ def pendulum(steps: int = 30) -> gym.Env:
 def noise(size: int, obs: np.ndarray, step: int) -> np.ndarray:
     """A policy: depends on what it sees and on the step's noise."""
     pull = 0.1 * np.sin(obs.reshape(len(obs), -1).sum(1, keepdims=True))
-    return np.clip(step_generator(SEED, step).uniform(-0.9, 0.9, (len(obs), size)) + pull, -1, 1)
+    return np.clip(np.random.default_rng((SEED, step)).uniform(-0.9, 0.9, (len(obs), size)) + pull, -1, 1)
 
 
 COUNT = partial(noise, 2)
@@ -282,7 +282,7 @@ def test_what_cannot_be_collected_is_refused(tmp_path):
         collector(tmp_path / "a", pendulum, EnvSpec("Pendulum-v1", (4,), 2, 1))
     with pytest.raises(UserError, match=r"^env.id=Pendulum-v1: actions are Box.*vectors of 2"):
         collector(tmp_path / "b", pendulum, EnvSpec("Pendulum-v1", (3,), 2, 2))
-    with pytest.raises(ConfigError, match=r"^replay.num_envs=2: must be 1"):
+    with pytest.raises(ConfigError, match=r"^collect.num_envs=2: must be 1"):
         Collector([Counting], Replay(tmp_path / "c", COUNTING, 120, 0, 2), SEED)
     mine = collector(tmp_path / "d")
     with pytest.raises(UserError, match="training diverged"):

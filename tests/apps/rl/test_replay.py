@@ -224,7 +224,7 @@ def test_entries_beyond_the_slack_are_noticed(tmp_path):
     truth.replay.restore(state)
     for _ in range(6):
         truth.add(0)
-    with pytest.raises(UserError, match=r"does not hold the checkpoint's entries \(any more\).*replay.slack"):
+    with pytest.raises(UserError, match=r"does not hold the checkpoint's entries \(any more\).*or start anew"):
         truth.replay.restore(state)
 
 
@@ -243,7 +243,7 @@ def test_an_entry_half_written_over_is_noticed(tmp_path):
 def test_an_empty_folder_is_not_a_checkpoints(tmp_path):
     with pytest.raises(UserError, match="does not hold the checkpoint's entries"):
         Replay(tmp_path, PIXELS, 10, 5).restore({"count": [1]})
-    with pytest.raises(UserError, match=r"replay.num_envs=1: the checkpoint has 2"):
+    with pytest.raises(UserError, match=r"collect.num_envs=1: the checkpoint has 2"):
         Replay(tmp_path, PIXELS, 10, 5).restore({"count": [1, 1]})
 
 
@@ -311,9 +311,9 @@ def test_the_latest_stack_and_the_running_episode(tmp_path):
         ({"spec": EnvSpec("test/Pixels-v0", (1, 2, 3), 3, 2, ("a", "b"))}, r"^env.frame=\[1, 2, 3\]: .*\[2, 2, 3\]"),
         ({"spec": EnvSpec("test/Pixels-v0", (2, 2, 3), 3, 4, ("a", "b"))}, r"^env.action_dim=4: .*with 2:"),
         ({"spec": EnvSpec("test/Pixels-v0", (2, 2, 3), 3, 2)}, r"^env.tasks=\[\]: "),
-        ({"capacity": 30}, r"^replay.capacity=30: .*with 20: take another folder, or delete this one$"),
+        ({"capacity": 30}, r"^collect.capacity=30: .*with 20: take another folder, or delete this one$"),
         ({"slack": 1}, r"^replay.slack=1: "),
-        ({"num_envs": 2}, r"^replay.num_envs=2: "),
+        ({"num_envs": 2}, r"^collect.num_envs=2: "),
     ],
 )
 def test_a_folder_of_another_replay_is_refused(tmp_path, change, message):
@@ -342,7 +342,7 @@ def test_a_spoilt_folder_is_refused(tmp_path, spoil):
 
 def test_sizes_that_cannot_work(tmp_path):
     for wrong in ({"capacity": 7}, {"slack": -1}, {"num_envs": 0}):
-        with pytest.raises(ConfigError, match=f"replay.{next(iter(wrong))}"):
+        with pytest.raises(ConfigError, match=rf"(collect|replay)\.{next(iter(wrong))}"):
             Replay(tmp_path, **({"spec": PIXELS, "capacity": 20, "slack": 5, "num_envs": 2} | wrong))
 
 
@@ -386,6 +386,6 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
     replay = Replay(tmp_path, PIXELS, 20, 5)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"^replay.capacity=20: no room in .*No space left on device.*lower capacity$"):
+    with pytest.raises(UserError, match=r"^collect.capacity=20: no room in .*No space left on device.*lower capacity$"):
         replay.add_first(0, np.zeros(PIXELS.frame, np.uint8))
     assert replay.state() == {"count": [0]}
