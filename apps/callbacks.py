@@ -62,6 +62,8 @@ class ResumePoints(Checkpoint):
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self._due = step % self.every == 0 and step != self._saved_step and not last
         if self._due and not _validates_now(trainer):
+            # Lightning logs a step after this hook: a process killed between the two would lose a row of the curves
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:

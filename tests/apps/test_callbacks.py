@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from apps.callbacks import AveragedWeights, BestCheckpoint, CheckpointFiles, ResumePoints, StepSeeds, StopOnNaN
+from apps.curves import CurveLogger, read_curves
 from apps.errors import UserError
 from apps.runs import LAST, load_plain
 from apps.settings import RunConfig
@@ -64,7 +65,7 @@ def train(module: Toy, folder, *callbacks: Callback, batches=6, plugins=(), **op
         default_root_dir=folder,
         callbacks=list(callbacks),
         plugins=[CheckpointFiles(), *plugins],
-        logger=False,
+        logger=options.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -138,6 +139,25 @@ def test_resume_points_are_every_so_many_steps_and_each_epoch_end(tmp_path, monk
     points = ResumePoints(tmp_path, every)
     train(Toy(), tmp_path, points, batches=5, max_epochs=2, accumulate_grad_batches=accumulate)
     assert saved == [(step, tmp_path / LAST) for step in steps]
+
+
+@pytest.mark.parametrize("validate", [1, 2, 5])
+def test_what_a_resumed_run_will_not_log_again_is_on_disk_before_its_checkpoint(tmp_path, monkeypatch, validate):
+    class Logging(Scored):
+        def training_step(self, batch, index):
+            self.log("loss", loss := super().training_step(batch, index), batch_size=1)
+            return loss
+
+    def save(trainer, path):
+        rows = {row["step"]: row for row in read_curves(tmp_path / "metrics.csv")}
+        kept.append((trainer.global_step, "loss" in rows[trainer.global_step - 1], sum("score" in r for r in rows.values())))
+
+    kept: list[tuple[int, bool, int]] = []
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    options = {"max_epochs": 2, "val_check_interval": validate, "log_every_n_steps": 1, "logger": CurveLogger(tmp_path)}
+    train(Logging([1.0, 2.0]), tmp_path, ResumePoints(tmp_path, 2), batches=5, **options)
+    assert [(step, logged) for step, logged, _ in kept] == [(step, True) for step in (2, 4, 5, 6, 8, 10)]
+    assert [scores for *_, scores in kept] == [step // 5 * (5 // validate) + step % 5 // validate for step, *_ in kept]
 
 
 @pytest.mark.parametrize(
