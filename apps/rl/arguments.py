@@ -25,13 +25,13 @@ class Train(verbs.Train):
 class Evaluate(verbs.Evaluate):
     """Run evaluation episodes of a trained agent, beside random actions."""
 
-    episodes: int = 10
-    """Episodes."""
+    episodes: int | None = None
+    """Episodes; null: 10. With method=t2mir, in a row in each held-out task; null: t2mir.eval_episodes."""
     video: str | None = None
     """Write the first episodes to this file: .gif or .mp4."""
 
     def __post_init__(self) -> None:
-        require(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
+        require(self.episodes is None or self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
         good = self.video is None or self.video.endswith((".gif", ".mp4"))
         require(good, "video", self.video, "must end in .gif or .mp4")
 
@@ -44,13 +44,13 @@ class Predict:
     """What to load: a checkpoint, a run folder, or `last`."""
     output: str = "episodes.csv"
     """Where to write: .csv, .parquet or .json."""
-    episodes: int = 1
-    """Episodes."""
+    episodes: int | None = None
+    """Episodes; null: 1. With method=t2mir, in a row in each held-out task; null: t2mir.eval_episodes."""
     video: str | None = None
     """Also write a video: .gif or .mp4."""
 
     def __post_init__(self) -> None:
-        require(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
+        require(self.episodes is None or self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
         good = self.output.endswith((".csv", ".parquet", ".json"))
         require(good, "output", self.output, "must end in .csv, .parquet or .json")
         good = self.video is None or self.video.endswith((".gif", ".mp4"))

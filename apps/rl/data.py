@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Env
 from jaxtyping import Float, Shaped
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -45,20 +46,23 @@ class RLData(LightningDataModule):
         spec: of the environment.
         agent: acts.
         folder: of the replay.
+        make: an environment; None: the configured one.
 
     Attributes:
         ended: episodes that ended since they were last taken away.
     """
 
-    def __init__(self, config: RLConfig, spec: EnvSpec, agent: Mentor, folder: Path) -> None:
+    def __init__(
+        self, config: RLConfig, spec: EnvSpec, agent: Mentor, folder: Path, make: Callable[[], Env] | None = None
+    ) -> None:
         super().__init__()
         self.config, self.agent, self.seed = config, agent, config.run.seed
         self.ended: list[Episode] = []
         one = config.collect
         slack = max(10_000, 4 * config.run.checkpoint_every * one.update_every)
         self.replay = Replay(folder, spec, one.capacity, slack, one.num_envs)
-        make = [partial(make_env, config.env)] * one.num_envs
-        self.collector = Collector(make, self.replay, self.seed, one.asynchronous)
+        make = make or partial(make_env, config.env)
+        self.collector = Collector([make] * one.num_envs, self.replay, self.seed, one.asynchronous)
 
     def experience(self, update: int) -> Transitions:
         """Collect up to where an update is due, and draw its batch."""

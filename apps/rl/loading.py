@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps.errors import UserError
 from apps.rl.agents.mentor import Mentor
 from apps.rl.rollout import Rollout, evaluation_seeds, run_episodes
 from apps.rl.settings import RLConfig
@@ -59,6 +60,8 @@ def load_trained(path: Path, config: RLConfig | None = None) -> Trained:
     """
     checkpoint = load_checkpoint(path, "rl")
     config = config or restore(RLConfig, checkpoint["config"])
+    if "agent" not in checkpoint:
+        raise UserError(f"{path}: an agent trained with method=t2mir; leave out method")
     spec = EnvSpec.from_plain(checkpoint["spec"])
     agent = load_weights(Mentor(config.agent, spec, config.run.seed), checkpoint, path, config.trainer)
     agent.load_extra_state(checkpoint["agent"])

@@ -17,6 +17,7 @@ from apps.rl.arguments import Predict
 from apps.rl.loading import Trained
 from apps.rl.rollout import Trace
 from apps.rl.video import write_video
+from moecore.files import atomic_path
 from moecore.routing import Routing
 
 
@@ -38,23 +39,27 @@ def _spread(routing: Routing) -> Float[Tensor, "N E"]:
 
 def write_episodes(trained: Trained, args: Predict) -> str:
     """Write the episodes; says where."""
-    pictures = args.episodes if args.video else 0
-    rollout = trained.episodes(args.episodes, observations=True, pictures=pictures)
+    episodes = args.episodes or 1
+    pictures = episodes if args.video else 0
+    rollout = trained.episodes(episodes, observations=True, pictures=pictures)
     rows = [row for number, trace in enumerate(rollout.traces) for row in _rows(trained, number, trace)]
-    if args.output.endswith(".parquet"):
-        import pandas as pd
-
-        from moecore.files import atomic_path
-
-        with atomic_path(args.output) as temporary:
-            pd.DataFrame(rows).to_parquet(temporary, index=False)
-    else:
-        write_rows(args.output, rows)
-    said = f"{len(rows):,} steps of {args.episodes} episodes: {args.output}"
+    write_steps(args.output, rows)
+    said = f"{len(rows):,} steps of {episodes} episodes: {args.output}"
     if args.video:
         frames = [frame for trace in rollout.traces for frame in trace.frames]
         said += f"; video: {write_video(Path(args.video), frames)}"
     return said
+
+
+def write_steps(path: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows as .csv, .json or .parquet."""
+    if not path.endswith(".parquet"):
+        write_rows(path, rows)
+        return
+    import pandas as pd
+
+    with atomic_path(path) as temporary:
+        pd.DataFrame(rows).to_parquet(temporary, index=False)
 
 
 def _rows(trained: Trained, number: int, trace: Trace) -> list[dict[str, Any]]:

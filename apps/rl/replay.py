@@ -162,6 +162,17 @@ class Replay:
         rows = self._episode_rows(env)
         return self._frames[rows], self._entries["reward"][rows[1:]]
 
+    def steps_in_order(
+        self, env: int
+    ) -> tuple[Shaped[np.ndarray, "S ..."], Float[np.ndarray, "S A"], Float[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
+        """All S steps that can be sampled: stacked observations, actions, rewards, and where episodes begin."""
+        low, high = (int(bound[env]) for bound in self._bounds(1))
+        position = np.arange(low, min(high, self._count[env] - 1))
+        after = self._entries[self._rows(env, position + 1)]
+        position, after = position[after["step"] > 0], after[after["step"] > 0]  # ends of episodes lead nowhere
+        obs = self._stack(np.full(len(position), env), position, after["step"] - 1)
+        return obs, after["action"].copy(), after["reward"].copy(), after["step"] == 1
+
     def state(self) -> dict[str, list[int]]:
         """Positions, for `restore`."""
         return {"count": self._count.tolist()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +21,23 @@ from apps.rl.task import RLTask
 from apps.rl.video import write_video
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
 from apps.verbs import Report, Search
+
+Verb = Callable[[RLConfig, Any, str | None], None]
+
+
+def _by_method(verb: Verb) -> Verb:
+    """A verb of MENTOR's, or with `method=t2mir` the one of the same name of the in-context agents."""
+
+    @functools.wraps(verb)
+    def chosen(config: RLConfig, args: Any, source: str | None) -> None:
+        if config.method == "t2mir":
+            from apps.rl.incontext import verbs
+
+            getattr(verbs, verb.__name__)(config, args, source)
+        else:
+            verb(config, args, source)
+
+    return chosen
 
 
 def train(config: RLConfig, args: Train, source: str | None) -> None:
@@ -38,6 +58,10 @@ def train(config: RLConfig, args: Train, source: str | None) -> None:
 
 
 def _train_once(config: RLConfig, ckpt_path: str | None, source: str | None) -> dict[str, object]:
+    if config.method == "t2mir":
+        from apps.rl.incontext.verbs import train_once
+
+        return train_once(config, ckpt_path, run_name(config, source))
     training.prepare_process(config.run)
     runs = Runs(config.run.root, "rl")
     name = run_name(config, source)
@@ -80,17 +104,19 @@ def _video(evaluation: Evaluation, path: str | Path) -> None:
         print(f"video: {write_video(path, frames)}")
 
 
+@_by_method
 def evaluate(config: RLConfig, args: Evaluate, source: str | None) -> None:
     """Run evaluation episodes."""
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
-    evaluation = measure(trained, args.episodes, pictures=3 if args.video else 0)
+    evaluation = measure(trained, args.episodes or 10, pictures=3 if args.video else 0)
     output.write_json(args.json, evaluation.scalars())
     output.show_table(f"evaluation: {trained.path}", evaluation.rows())
     if args.video:
         _video(evaluation, args.video)
 
 
+@_by_method
 def predict(config: RLConfig, args: Predict, source: str | None) -> None:
     """Run episodes and write every step."""
     from apps.rl.prediction import write_episodes
@@ -100,6 +126,7 @@ def predict(config: RLConfig, args: Predict, source: str | None) -> None:
     print(write_episodes(trained, args))
 
 
+@_by_method
 def report(config: RLConfig, args: Report, source: str | None) -> None:
     """Write the report of a trained agent."""
     from apps.rl.report import write_report
@@ -111,6 +138,7 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
     print(f"report: {write_report(trained, evaluation, target)}")
 
 
+@_by_method
 def export(config: RLConfig, args: Export, source: str | None) -> None:
     """Write the deterministic policy as ONNX, compared along an episode."""
     from apps.rl.deploy import export_onnx
@@ -123,6 +151,7 @@ def export(config: RLConfig, args: Export, source: str | None) -> None:
     output.show(f"exported: {target}", figures)
 
 
+@_by_method
 def benchmark(config: RLConfig, args: Benchmark, source: str | None) -> None:
     """Time environment, acting, sampling and updates."""
     from apps.rl.benchmark import run_benchmark

@@ -150,7 +150,9 @@ def test_what_a_resumed_run_will_not_log_again_is_on_disk_before_its_checkpoint(
 
     def save(trainer, path):
         rows = {row["step"]: row for row in read_curves(tmp_path / "metrics.csv")}
-        kept.append((trainer.global_step, "loss" in rows[trainer.global_step - 1], sum("score" in r for r in rows.values())))
+        kept.append(
+            (trainer.global_step, "loss" in rows[trainer.global_step - 1], sum("score" in r for r in rows.values()))
+        )
 
     kept: list[tuple[int, bool, int]] = []
     monkeypatch.setattr(Trainer, "save_checkpoint", save)

@@ -90,6 +90,7 @@ class Mentor(nn.Module):
         self.value = Value(config, self.encoder.width) if config.value else None
         self.apply(draw_weights)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self._dropouts = [layer for layer in self.actor.modules() if isinstance(layer, nn.Dropout)]
         self.dormant, self.updates = 0.0, 0
         self.pool: list[tuple[float, dict[str, Tensor]]] = []
         """Best returns and the weights that were trained to them, the worst first."""
@@ -114,10 +115,12 @@ class Mentor(nn.Module):
     @torch.no_grad()
     def policy(self, obs: Shaped[np.ndarray, "B ..."]) -> Float[np.ndarray, "B A"]:
         """The same for environments, without dropout."""
-        training, device = self.actor.training, next(self.parameters()).device
-        self.actor.eval()  # nothing else has a mode
-        action = self(torch.from_numpy(obs).to(device)).float().cpu().numpy()
-        self.actor.train(training)
+        modes = [layer.training for layer in self._dropouts]
+        for layer in self._dropouts:  # nothing else has a mode; `eval()` of every module costs as much as a layer
+            layer.training = False
+        action = self(torch.from_numpy(obs).to(next(self.parameters()).device)).float().cpu().numpy()
+        for layer, mode in zip(self._dropouts, modes, strict=True):
+            layer.training = mode
         return action
 
     def noise(self, step: int) -> float:

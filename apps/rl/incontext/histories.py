@@ -1,0 +1,153 @@
+"""Histories: everything that an agent of ours did in a task from its first step until it had learned it.
+
+S steps of a history, N numbers of a state, A of an action.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apps.errors import UserError
+from apps.loading import derive_seed
+from apps.rl.agents.mentor import Experience, Mentor
+from apps.rl.data import RLData
+from apps.rl.incontext.tasks import make_task_env
+from apps.rl.settings import RLConfig
+from apps.rl.spaces import EnvSpec
+from apps.tree import plain
+from moecore.files import atomic_path, write_atomic
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class TaskHistory:
+    """One task's, in the order of time."""
+
+    obs: Float[np.ndarray, "S N"]
+    action: Float[np.ndarray, "S A"]
+    reward: Float[np.ndarray, " S"]
+    first: Bool[np.ndarray, " S"]
+    """Whether an episode begins with the step."""
+    final: Float[np.ndarray, "S A"]
+    """Actions that the agent takes in these states once it has learned."""
+
+    def early(self, share: float) -> TaskHistory:
+        """Its beginning."""
+        end = max(round(share * len(self.reward)), 1)
+        return TaskHistory(**{name: value[:end] for name, value in vars(self).items()})
+
+    def returns(self) -> Float[np.ndarray, " episodes"]:
+        """Sums of rewards of all episodes but the last, which need not be over."""
+        starts = np.flatnonzero(self.first)
+        return np.add.reduceat(self.reward, starts)[:-1]
+
+
+def histories_folder(config: RLConfig) -> Path:
+    """Where the histories of a configuration lie."""
+    name = config.env.id.replace("/", "-").replace(":", "-")
+    return Path(config.t2mir.histories or Path(config.run.root, "rl-histories", name))
+
+
+def load_histories(config: RLConfig, spec: EnvSpec, tasks: Sequence[int]) -> dict[int, TaskHistory]:
+    """The histories of some tasks; those that the folder lacks are collected first, which shows progress.
+
+    Every task is written whole when its agent has learned, so that an interrupted collection goes on with the next.
+
+    Raises:
+        UserError: if the folder holds histories of another environment or of other agents.
+    """
+    folder = histories_folder(config)
+    _check_settings(folder, config)
+    missing = [task for task in tasks if not _file(folder, task).is_file()]
+    for number, task in enumerate(missing):
+        history = learn_task(config, spec, task)
+        with atomic_path(_file(folder, task)) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **vars(history))
+        words = f"{spec.tasks[task]}: return {history.returns()[:5].mean():.4g} to {history.returns()[-5:].mean():.4g}"
+        print(f"history {number + 1} of {len(missing)}, {words}", flush=True)
+    return {task: _read(_file(folder, task)) for task in tasks}
+
+
+def _file(folder: Path, task: int) -> Path:
+    return folder / f"task-{task:04}.npz"
+
+
+def _read(file: Path) -> TaskHistory:
+    try:
+        with open(file, "rb") as opened, np.load(opened) as held:
+            return TaskHistory(**{field.name: held[field.name] for field in dataclasses.fields(TaskHistory)})
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{file}: not a history ({error}); delete it, and it is collected again") from error
+
+
+def _check_settings(folder: Path, config: RLConfig) -> None:
+    """Write down what the histories are of, or compare with what was written."""
+    settings: dict[str, Any] = {name: plain(getattr(config, name)) for name in ("env", "agent", "collect")}
+    settings["history_seed"] = config.t2mir.history_seed
+    settings = json.loads(json.dumps(settings))
+    file = folder / SETTINGS
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(settings, indent=1))
+        return
+    held = json.loads(file.read_text())
+    for group, values in settings.items():
+        if held.get(group) != values:
+            raise UserError(f"t2mir.histories={folder}: collected with other settings of {group}; give another folder")
+
+
+def learn_task(config: RLConfig, spec: EnvSpec, task: int) -> TaskHistory:
+    """Train an agent in one task, as `train` does but without evaluations, and keep all that it did."""
+    seed = derive_seed(config.t2mir.history_seed, task) % 2**31
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        agent = Mentor(config.agent, spec, seed)
+    optimizers = agent.optimizers()
+    with tempfile.TemporaryDirectory() as folder:
+        data = RLData(config, spec, agent, Path(folder), partial(make_task_env, config.env, task))
+        try:
+            for update in range(config.collect.updates):
+                _update(data, agent, optimizers, update)
+            return _history(data)
+        finally:
+            data.collector.close()
+
+
+def _update(data: RLData, agent: Mentor, optimizers: dict[str, torch.optim.Optimizer], update: int) -> None:
+    batch = data.experience(update)
+    for episode in data.take_ended():
+        agent.remember(episode.ret)
+    parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
+
+    def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    steps = {name: partial(step, optimizer) for name, optimizer in optimizers.items()}
+    agent.update(Experience(*map(torch.from_numpy, parts)), agent.noise(data.collector.steps), steps)
+    if agent.perturb_due():
+        agent.perturb()
+        for optimizer in optimizers.values():
+            optimizer.state.clear()
+
+
+def _history(data: RLData) -> TaskHistory:
+    steps = [data.replay.steps_in_order(env) for env in range(data.replay.num_envs)]
+    obs, action, reward, first = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    return TaskHistory(obs, action, reward, first, data.agent.policy(obs))

@@ -1,0 +1,154 @@
+"""What agents leave behind, and windows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from apps import tree
+from apps.cli import make_parser
+from apps.errors import ConfigError, UserError
+from apps.rl import APP
+from apps.rl.data import spec_of
+from apps.rl.incontext.episodes import Life
+from apps.rl.incontext.histories import TaskHistory, histories_folder, learn_task, load_histories
+from apps.rl.incontext.settings import T2MIRConfig
+from apps.rl.incontext.tasks import split_tasks
+from apps.rl.incontext.windows import check_length, draw_windows
+from apps.rl.rollout import Trace
+from apps.rl.settings import RLConfig
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    def make(**changes) -> RLConfig:
+        values = make_parser(APP, "train").parse_args(tiny(tmp_path, **changes)).as_dict()
+        return tree.build(RLConfig, values)
+
+    return make
+
+
+def test_a_history_is_everything_an_agent_did_in_its_task(config):
+    one = config()
+    history = learn_task(one, spec_of(one), 4)
+    assert len(history.reward) == 59  # as many as the last update asks for
+    assert np.flatnonzero(history.first).tolist() == list(range(0, 60, 5))
+    goal = np.random.default_rng(0).uniform(-1, 1, (6, 2))[4]
+    for obs, action, reward, first in zip(history.obs, history.action, history.reward, history.first, strict=True):
+        place = obs if first else place
+        assert obs == pytest.approx(place, abs=1e-6)
+        place = np.clip(place + 0.1 * action, -1, 1)
+        assert reward == pytest.approx(-np.hypot(*(place - goal)), abs=1e-5)
+    assert history.returns() == pytest.approx(np.add.reduceat(history.reward, range(0, 60, 5))[:-1])
+    assert np.abs(history.final).max() <= 1
+    again = learn_task(one, spec_of(one), 4)
+    assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(history).items())
+
+
+def test_only_missing_histories_are_collected_and_a_broken_one_is_named(config, capsys):
+    one = config()
+    spec, folder = spec_of(one), histories_folder(one)
+    first = load_histories(one, spec, [0, 1, 2])
+    assert capsys.readouterr().out.count("history ") == 3
+    (folder / "task-0001.npz").unlink()
+    second = load_histories(one, spec, [0, 1, 2])
+    assert capsys.readouterr().out.count("history 1 of 1") == 1
+    assert all(np.array_equal(first[task].action, second[task].action) for task in (0, 1, 2))
+    (folder / "task-0002.npz").write_bytes(b"PK\x03\x04 half of it")
+    with pytest.raises(UserError, match=r"task-0002\.npz: not a history .*delete it"):
+        load_histories(one, spec, [0, 1, 2])
+
+
+def test_histories_of_other_agents_are_refused(config):
+    one = config()
+    load_histories(one, spec_of(one), [0])
+    for change, group in (({"agent__hidden": 4}, "agent"), ({"t2mir__history_seed": 1}, "history_seed")):
+        other = config(**change)
+        with pytest.raises(UserError, match=f"collected with other settings of {group}; give another folder"):
+            load_histories(other, spec_of(other), [0])
+    load_histories(config(run__seed=5, t2mir__width=16), spec_of(one), [0])  # nothing that histories depend on
+
+
+def history(task: int, steps: int = 30) -> TaskHistory:
+    """Steps numbered 100 task, 100 task + 1, ..., in episodes of 7."""
+    number = np.arange(steps, dtype=np.float32) + 100 * task
+    columns = np.stack([number, number], 1)
+    return TaskHistory(columns, columns / 1000, number, np.arange(steps) % 7 == 0, -columns / 1000)
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_windows_begin_with_episodes_and_go_in_pairs_of_one_task(final):
+    held = {task: history(task) for task in (3, 5, 8, 9)}
+    starts = set()
+    for seed in range(30):
+        batch = draw_windows(held, 3, 10, final, np.random.default_rng(seed))
+        reward = batch.reward.numpy()
+        assert reward.shape == (6, 10)
+        assert (np.diff(reward, axis=1) == 1).all()
+        tasks = (reward[:, 0] // 100).astype(int)
+        assert (tasks[::2] == tasks[1::2]).all()
+        assert len(set(tasks)) == 3
+        starts |= set((reward[:, 0] % 100).astype(int).tolist())
+        sign = -1 if final else 1
+        assert batch.target.numpy() == pytest.approx(sign * batch.action.numpy())
+        assert (batch.obs[..., 0].numpy() == reward).all()
+    assert starts == {0, 7, 14}
+    assert draw_windows(held, 99, 10, final, np.random.default_rng(0)).reward.shape == (8, 10)
+
+
+def test_windows_come_from_the_beginning_of_a_history():
+    early = {task: history(task).early(0.5) for task in (3, 5)}
+    drawn = [draw_windows(early, 2, 7, True, np.random.default_rng(seed)).reward.numpy() for seed in range(20)]
+    assert set((np.concatenate(drawn)[:, 0] % 100).tolist()) == {0, 7}
+    assert T2MIRConfig().share == 0.3
+    assert T2MIRConfig(target="history").share == 1
+    assert T2MIRConfig(early=0.7).share == 0.7
+
+
+def test_histories_too_short_for_a_window():
+    check_length({0: history(0)}, 30)
+    with pytest.raises(ConfigError, match=r"t2mir\.context=31: the history of task 0 has only 30 steps"):
+        check_length({0: history(0)}, 31)
+    late = dataclasses.replace(history(0), first=np.arange(30) == 25)
+    with pytest.raises(UserError, match="no episode of task 0 begins so long before its end"):
+        check_length({0: late}, 10)
+
+
+def test_tasks_are_split_once_and_for_all(config):
+    one = config()
+    split = split_tasks(spec_of(one), one.t2mir)
+    assert (split.train, split.val, split.held_out) == ([0, 1, 2], [3], [4, 5])
+    few = config(t2mir__held_out=4)
+    with pytest.raises(ConfigError, match=r"t2mir\.held_out=4: leaves 1 of 6 tasks"):
+        split_tasks(spec_of(few), few.t2mir)
+    single = config(env__id="moecore/PixelPendulum-v0", env__kwargs="{}")
+    with pytest.raises(UserError, match="has one task"):
+        split_tasks(spec_of(single), single.t2mir)
+    pixels = config(env__obs="pixels")
+    with pytest.raises(UserError, match=r"set env\.obs=state"):
+        split_tasks(spec_of(pixels), pixels.t2mir)
+
+
+def test_memory_holds_whole_episodes_as_far_as_they_fit():
+    life = Life(0, 1)
+    for number in range(3):
+        life.episodes.append(Trace(0))
+        for step in range(4):
+            life.obs.append(np.array([10 * number + step], np.float32))
+            if (number, step) == (2, 3):
+                break
+            life.actions.append(np.array([number], np.float32))
+            life.rewards.append(1.0)
+            life.episodes[-1].rewards.append(1.0)
+    assert len(life.obs) == 12
+
+    def firsts(context):
+        obs, action, reward = life.memory(context)
+        assert len(action) == len(reward) == len(obs) - 1 <= context - 1
+        return int(obs[0, 0])
+
+    assert [firsts(c) for c in (20, 12, 11, 8, 7, 4)] == [0, 0, 10, 10, 20, 20]
+    assert firsts(3) == 21  # not even one episode fits
+    assert life.memory(8)[1].ravel().tolist() == [1, 1, 1, 1, 2, 2, 2]
