@@ -58,6 +58,18 @@ class Predict:
 
 
 @dataclass
+class Report(verbs.Report):
+    """Write one HTML page: returns, videos, experts, exploration, conflicts between tasks."""
+
+    curves: str | None = None
+    """Also write the evaluations of all runs in the same environment and folder, as .csv."""
+
+    def __post_init__(self) -> None:
+        good = self.curves is None or self.curves.endswith(".csv")
+        require(good, "curves", self.curves, "must end in .csv")
+
+
+@dataclass
 class Export(verbs.Export):
     """Write the deterministic policy as ONNX, compared with PyTorch along a whole episode."""
 
@@ -74,6 +86,7 @@ ARGUMENTS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "report": Report,
     "export": Export,
     "benchmark": Benchmark,
 }

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from apps.errors import UserError
 from apps.rl.loading import Trained
 from apps.rl.rollout import Rollout, evaluation_seeds, random_policy, run_episodes
 
@@ -75,11 +74,5 @@ def evaluate(trained: Trained, episodes: int, pictures: int = 0) -> Evaluation:
     seed = trained.config.run.seed
     guess = random_policy(trained.spec, seed)
     by_chance = run_episodes(trained.config.env, trained.spec, guess, evaluation_seeds(episodes))
-    try:
-        own = trained.episodes(episodes, pictures=pictures)
-    except UserError as error:  # what states are taken from need not be drawn
-        if not pictures or trained.config.env.obs == "pixels":
-            raise
-        print(f"note: no pictures: {error}", flush=True)
-        own = trained.episodes(episodes)
+    own = trained.episodes(episodes, pictures=pictures)
     return Evaluation(trained.title, {trained.title: own, "random actions": by_chance}, trained.spec.tasks)

@@ -112,6 +112,21 @@ def groups(root: Path, env_id: str) -> list[Group]:
     return _told_apart(list(found.values()))
 
 
+def evaluations(root: Path, env_id: str) -> list[dict[str, Any]]:
+    """Those of all runs in a folder that trained in an environment, a row each, as data to keep."""
+    rows = []
+    for group in groups(root, env_id):
+        for folder in group.folders:
+            config, history = _config(folder / "config.yaml"), History(folder)
+            names = {"return": "val/return", "return_std": "val/return_std", "success": "val/success"}
+            curves = {name: history.curve(metric) for name, metric in names.items()}
+            for i, step in enumerate(curves["return"][0]):
+                row = {"environment": env_id, "agent": group.title, "run": folder.name, "seed": config.run.seed}
+                row["agent_steps"] = int(step)
+                rows.append(row | {name: f"{c[1][i]:.6g}" for name, c in curves.items() if len(c[0])})
+    return rows
+
+
 def _config(file: Path) -> RLConfig | None:
     try:
         return restore(RLConfig, yaml.safe_load(file.read_text()))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from apps.errors import UserError
 from apps.rl.agents.mentor import Mentor
@@ -32,10 +32,24 @@ class Trained:
         """The agent's name in tables."""
         return agent_title(self.config)
 
-    def episodes(self, number: int, **options: Any) -> Rollout:
-        """Episodes of the deterministic policy from the starts that evaluations use; options as `run_episodes` has."""
-        seeds = evaluation_seeds(number)
-        return run_episodes(self.config.env, self.spec, self.agent.policy, seeds, **options)
+    def episodes(self, number: int, observations: bool = False, pictures: int = 0) -> Rollout:
+        """Episodes of the deterministic policy from the starts that evaluations use; see `run_episodes`.
+
+        Where states are seen and the environment cannot be drawn, pictures are left out, and a line says so.
+        """
+        config, policy, seeds = self.config.env, self.agent.policy, evaluation_seeds(number)
+        try:
+            return run_episodes(config, self.spec, policy, seeds, observations, pictures)
+        except UserError as error:
+            if not pictures or config.obs == "pixels":
+                raise
+            _say_once(f"note: no pictures: {error}")
+            return run_episodes(config, self.spec, policy, seeds, observations)
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    print(words, flush=True)
 
 
 def agent_title(config: RLConfig) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from apps import output, training
-from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Train
+from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Report, Train
 from apps.rl.data import RLData, spec_of
 from apps.rl.evaluation import Evaluation, iqm
 from apps.rl.evaluation import evaluate as measure
+from apps.rl.history import evaluations
 from apps.rl.loading import load_trained
 from apps.rl.settings import RLConfig
 from apps.rl.task import RLTask
 from apps.rl.video import write_video
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
-from apps.verbs import Report, Search
+from apps.verbs import Search
 
 Verb = Callable[[RLConfig, Any, str | None], None]
 
@@ -136,6 +137,9 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
     target = Path(args.output) if args.output else run_folder(trained.path) / "report.html"
     evaluation = measure(trained, config.collect.eval_episodes, pictures=2)
     print(f"report: {write_report(trained, evaluation, target)}")
+    if args.curves:
+        rows = evaluations(run_folder(trained.path).parent, trained.spec.id)
+        print(f"curves of {len({row['run'] for row in rows})} runs: {output.write_rows(args.curves, rows)}")
 
 
 @_by_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apps import output, training
-from apps.rl.arguments import Benchmark, Evaluate, Export, Predict
+from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Report
 from apps.rl.data import spec_of
 from apps.rl.incontext.data import InContextData
 from apps.rl.incontext.evaluation import evaluate_in_context, load_in_context
@@ -14,7 +14,7 @@ from apps.rl.incontext.task import InContextTask
 from apps.rl.settings import RLConfig
 from apps.rl.video import write_video
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
-from apps.verbs import Report
+from moecore.errors import require
 
 PICTURES = 6
 """Held-out tasks of which pictures are kept."""
@@ -75,6 +75,7 @@ def predict(config: RLConfig, args: Predict, source: str | None) -> None:
 
 def report(config: RLConfig, args: Report, source: str | None) -> None:
     """Write the report of a trained agent."""
+    require(args.curves is None, "curves", args.curves, "these agents' are in metrics.csv of their run folders")
     from apps.rl.incontext.report import write_report
 
     training.prepare_process(config.run)

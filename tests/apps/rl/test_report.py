@@ -17,7 +17,7 @@ from apps.rl.conflict import between, probes, task_gradients
 from apps.rl.data import spec_of
 from apps.rl.env_settings import EnvConfig
 from apps.rl.evaluation import evaluate
-from apps.rl.history import History, groups
+from apps.rl.history import History, evaluations, groups
 from apps.rl.loading import Trained
 from apps.rl.report import verdict, write_report
 from apps.rl.rollout import Trace
@@ -186,3 +186,14 @@ def test_probes_are_of_different_episodes_and_need_enough_steps():
     found = probes(traces, STATE.tasks)
     assert list(found) == ["left"]
     assert [sorted(set(batch[:, 0].tolist())) for batch in found["left"]] == [[0.0], [10.0], [20.0], [30.0]]
+
+
+def test_evaluations_of_all_runs_are_rows(tmp_path):
+    write_run(tmp_path / "a", config_of(), last=2)
+    write_run(tmp_path / "b", config_of(actor="dense", seed=7), last=1, lift=5.0)
+    write_run(tmp_path / "other", config_of(env="moecore/Skills-v0"))
+    rows = evaluations(tmp_path, "moecore/PixelPendulum-v0")
+    kept = {(row["run"], row["seed"], row["agent_steps"], row["return"], row["return_std"]) for row in rows}
+    assert kept == {("a", 0, 100, "10", "1.5"), ("a", 0, 200, "20", "1.5"), ("b", 7, 100, "15", "1.5")}
+    assert {row["agent"] for row in rows} == {"MENTOR", "dense actor, perturbation task"}
+    assert all("success" not in row for row in rows)

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from apps.errors import UserError
 from apps.rl.deploy import onnx_policy
 from apps.rl.env_settings import EnvConfig
+from apps.rl.envs.pendulum import PixelPendulum
 from apps.rl.evaluation import iqm
 from apps.rl.loading import load_trained
 from apps.rl.rollout import evaluation_seeds, random_policy, run_episodes
@@ -38,6 +40,28 @@ def test_training_leaves_curves_video_and_figures(agent_run):
     assert any(row["train/kept"] for row in rows)  # a perturbation
     assert {"train/dormant", "train/std", "train/return", "load/middle/0"} <= set(rows[0])
     assert yaml.safe_load((agent_run / "config.yaml").read_text())["env"]["id"] == "moecore/PixelPendulum-v0"
+
+
+def test_what_cannot_be_drawn_is_trained_on_states_and_reported_all_the_same(rl, small, tmp_path, monkeypatch):
+    def draw_at(self, size):
+        raise UserError("no display")
+
+    monkeypatch.setattr(PixelPendulum, "draw_at", draw_at)
+    done = rl("train", *small(tmp_path, run__name="blind", env__obs="state", run__report="true"))
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("note: no pictures: no display") == 1
+    assert "<h2>Experts</h2>" in (tmp_path / "rl" / "blind" / "report.html").read_text()
+    assert not (tmp_path / "rl" / "blind" / "video.gif").exists()
+
+
+def test_the_report_gives_curves_as_data_too(rl, agent_run, tmp_path):
+    done = rl("report", "--ckpt_path", agent_run, "--output", tmp_path / "r.html", "--curves", tmp_path / "c.csv")
+    assert (done.code, done.err) == (0, "")
+    rows = read(tmp_path / "c.csv")
+    assert [int(row["agent_steps"]) for row in rows if row["run"] == "agent"] == [58, 68, 78, 88]
+    assert (
+        rl("report", "--ckpt_path", agent_run, "--curves", "c.txt").err == "error: curves='c.txt': must end in .csv\n"
+    )
 
 
 def test_loaded_agents_act_as_when_they_were_saved(agent_run):
