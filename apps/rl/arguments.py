@@ -29,6 +29,8 @@ class Evaluate(verbs.Evaluate):
     """Episodes; null: 10. With method=t2mir, in a row in each held-out task; null: t2mir.eval_episodes."""
     video: str | None = None
     """Write the first episodes to this file: .gif or .mp4."""
+    conflict: bool = False
+    """Also measure whether the tasks of an environment ask the actor for the same: cosines of their gradients."""
 
     def __post_init__(self) -> None:
         require(self.episodes is None or self.episodes >= 1, "episodes", self.episodes, "must be at least 1")

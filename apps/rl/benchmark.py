@@ -32,7 +32,7 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
 
     An agent step acts, steps the environment and fills the replay. "experts" is the mixture alone, forward and backward
     on a batch. Ratios are to the row of the same name without a comma; "all experts" computes every expert for every
-    observation, as the published code does.
+    observation, as the published code does; "its collection" is what agent steps between two updates cost.
 
     Args:
         config: settings.
@@ -49,11 +49,13 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
             spent = interleaved(calls, args.rounds, STEPS)
         finally:
             data.collector.close()
-    rows = []
-    for name, seconds in spent.items():
-        median, base = statistics.median(seconds), statistics.median(spent[name.split(",")[0]])
-        rows.append({"part": name, "milliseconds": 1e3 * median, "per_cpu_second": 1 / median, "ratio": median / base})
-    return rows
+    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    one = config.collect
+    medians["update, its collection"] = medians["agent step"] * one.update_every / one.num_envs
+    return [
+        {"part": name, "milliseconds": 1e3 * s, "per_cpu_second": 1 / s, "ratio": s / medians[name.split(",")[0]]}
+        for name, s in medians.items()
+    ]
 
 
 def _collection(config: RLConfig, data: RLData) -> dict[str, Call]:

@@ -13,9 +13,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from apps.errors import UserError
 from apps.rl.agents.mentor import Mentor
-from apps.rl.rollout import Trace
+from apps.rl.loading import Trained
+from apps.rl.rollout import Rollout, Trace
 
+PER_TASK, MOST_EPISODES = 6, 48
+"""Episodes that are looked at, per task and together."""
 PROBES, MOST = 4, 256
 """Batches per task, and observations of each at most."""
 
@@ -30,6 +34,18 @@ class Conflict:
     """Of all parameters of the actor."""
     middle: Float[np.ndarray, "T T"]
     """Of its middle layer alone: the experts and their gate, or the dense layer in their place."""
+
+    def scalars(self) -> dict[str, float]:
+        """Mean cosine between tasks, share of pairs below 0, and mean cosine within a task, of both parts."""
+        found: dict[str, float] = {}
+        for part, values in {"actor": self.actor, "middle": self.middle}.items():
+            pairs = between(values)
+            found |= {
+                f"{part}_between_tasks": float(pairs.mean()),
+                f"{part}_pairs_below_0": float((pairs < 0).mean()),
+                f"{part}_within_task": float(np.diag(values).mean()),
+            }
+        return found
 
 
 def between(cosines: Float[np.ndarray, "T T"]) -> Float[np.ndarray, " P"]:
@@ -80,6 +96,29 @@ def _cosines(vectors: Sequence[Float[Tensor, "P W"]]) -> Float[np.ndarray, "T T"
             elif len(ours) > 1:
                 table[i, j] = float(products[~torch.eye(len(ours), dtype=torch.bool, device=ours.device)].mean())
     return table
+
+
+def episodes_of_every_task(trained: Trained, pictures: bool = False) -> Rollout:
+    """Of the deterministic policy, with observations: so many that every task is likely among them; pictures of all,
+    or of the first where there is one task."""
+    count = max(len(trained.spec.tasks), 1)
+    number = min(PER_TASK * count, MOST_EPISODES) if count > 1 else 2
+    shown = (number if count > 1 else 1) if pictures else 0
+    return trained.episodes(number, observations=True, pictures=shown)
+
+
+def measure_conflict(trained: Trained) -> Conflict:
+    """Between the tasks of an environment, on the agent's own episodes.
+
+    Raises:
+        UserError: if the environment has one task, or too little of two was seen.
+    """
+    if len(trained.spec.tasks) < 2:
+        raise UserError(f"conflict: {trained.spec.id} has one task; it takes an environment with several")
+    batches = probes(episodes_of_every_task(trained).traces, trained.spec.tasks)
+    if len(batches) < 2:
+        raise UserError("conflict: too few steps of two tasks were seen to compare their gradients")
+    return task_gradients(trained.agent, batches)
 
 
 def probes(traces: Sequence[Trace], tasks: Sequence[str]) -> dict[str, list[Shaped[np.ndarray, "B ..."]]]:

@@ -12,7 +12,7 @@ from apps import figures
 from apps.errors import ConfigError, UserError
 from apps.report import Page, Section
 from apps.rl import pictures
-from apps.rl.conflict import Conflict, between, probes, task_gradients
+from apps.rl.conflict import Conflict, between, episodes_of_every_task, probes, task_gradients
 from apps.rl.evaluation import Evaluation, iqm
 from apps.rl.history import Group, History, groups
 from apps.rl.loading import Trained, load_trained
@@ -21,8 +21,6 @@ from apps.rl.rollout import Rollout, Trace
 from apps.rl.video import gif
 from apps.runs import BEST, LAST, load_checkpoint, run_folder
 
-PER_TASK, MOST_EPISODES = 6, 48
-"""Episodes that experts and gradients are looked at in, per task and together."""
 MOST_CURVES, MOST_TASKS, RIVALS = 8, 8, 2
 """Groups of runs in one chart, tasks shown as pictures, other agents whose gradients are set beside."""
 NOISY = 0.3
@@ -41,7 +39,7 @@ def write_report(trained: Trained, evaluation: Evaluation, path: Path) -> Path:
     folder, tasks = run_folder(trained.path), trained.spec.tasks
     history = History(folder)
     found = groups(folder.parent, trained.spec.id)
-    seen = _episodes(trained)
+    seen = episodes_of_every_task(trained, pictures=True)
     page = Page(
         title=f"{folder.name}: {trained.title}",
         subtitle=f"{trained.path}, environment {trained.spec.id}{f', {len(tasks)} tasks' if tasks else ''}",
@@ -57,13 +55,6 @@ def write_report(trained: Trained, evaluation: Evaluation, path: Path) -> Path:
     if len(tasks) > 1:
         _conflict(page, trained, seen, _rivals(trained, found))
     return page.write(path)
-
-
-def _episodes(trained: Trained) -> Rollout:
-    """Of the deterministic policy, with observations and some pictures: enough that every task is likely among them."""
-    count = max(len(trained.spec.tasks), 1)
-    number = min(PER_TASK * count, MOST_EPISODES) if count > 1 else 2
-    return trained.episodes(number, observations=True, pictures=number if count > 1 else 1)
 
 
 def _key_figures(trained: Trained, evaluation: Evaluation) -> dict[str, str]:
@@ -281,25 +272,14 @@ def _conflict(page: Page, trained: Trained, seen: Rollout, rivals: Sequence[Trai
     )
     if not rivals:
         return
-    rows = [_row(trained.title, own)]
+    rows = [{"agent": trained.title} | own.scalars()]
     for rival in rivals:
-        theirs = probes(_episodes(rival).traces, rival.spec.tasks)
+        theirs = probes(episodes_of_every_task(rival).traces, rival.spec.tasks)
         if len(theirs) > 1:
-            rows.append(_row(f"{rival.title} ({run_folder(rival.path).name})", task_gradients(rival.agent, theirs)))
+            name = f"{rival.title} ({run_folder(rival.path).name})"
+            rows.append({"agent": name} | task_gradients(rival.agent, theirs).scalars())
     section.text("The same figures beside those of other agents that were trained here, each on its own episodes.")
-    section.table(rows)
-
-
-def _row(name: str, one: Conflict) -> dict[str, float | str]:
-    parts = {"actor": one.actor, "middle layer": one.middle}
-    row: dict[str, float | str] = {"agent": name}
-    for part, values in parts.items():
-        row |= {
-            f"{part}: between tasks": float(between(values).mean()),
-            f"{part}: pairs below 0": float((between(values) < 0).mean()),
-            f"{part}: within a task": float(np.diag(values).mean()),
-        }
-    return row
+    section.table([{name.replace("_", " "): value for name, value in row.items()} for row in rows])
 
 
 def verdict(one: Conflict) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from apps import output, training
 from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Report, Train
+from apps.rl.conflict import measure_conflict
 from apps.rl.data import RLData, spec_of
 from apps.rl.evaluation import Evaluation, iqm
 from apps.rl.evaluation import evaluate as measure
@@ -111,8 +112,11 @@ def evaluate(config: RLConfig, args: Evaluate, source: str | None) -> None:
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     evaluation = measure(trained, args.episodes or 10, pictures=3 if args.video else 0)
-    output.write_json(args.json, evaluation.scalars())
+    conflict = measure_conflict(trained).scalars() if args.conflict else {}
+    output.write_json(args.json, evaluation.scalars() | conflict)
     output.show_table(f"evaluation: {trained.path}", evaluation.rows())
+    if conflict:
+        output.show("cosines of the actor's gradients", conflict)
     if args.video:
         _video(evaluation, args.video)
 

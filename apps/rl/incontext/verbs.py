@@ -55,6 +55,7 @@ def _finish(config: RLConfig, folder: Path) -> dict[str, object]:
 
 def evaluate(config: RLConfig, args: Evaluate, source: str | None) -> None:
     """Episodes in tasks held out."""
+    require(not args.conflict, "conflict", args.conflict, "is measured for method=mentor alone")
     training.prepare_process(config.run)
     trained = load_in_context(Path(args.ckpt_path), config)
     evaluation = evaluate_in_context(trained, PICTURES if args.video else 0, args.episodes)

@@ -54,6 +54,19 @@ def test_what_cannot_be_drawn_is_trained_on_states_and_reported_all_the_same(rl,
     assert not (tmp_path / "rl" / "blind" / "video.gif").exists()
 
 
+def test_conflict_of_tasks_is_measured_where_there_are_several(rl, small, agent_run, tmp_path):
+    flags = small(tmp_path, run__name="skills", env__id="moecore/Skills-v0", env__gray="false", env__action_repeat=1)
+    assert rl("train", *flags).code == 0
+    given = ("evaluate", "--ckpt_path", tmp_path / "rl" / "skills", "--episodes", "4", "--conflict", "true")
+    done = rl(*given, "--json", tmp_path / "e.json")
+    assert (done.code, done.err) == (0, "")
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert -1 <= figures["actor_between_tasks"] < figures["actor_within_task"] <= 1
+    assert 0 <= figures["middle_pairs_below_0"] <= 1
+    refused = rl("evaluate", "--ckpt_path", agent_run, "--conflict", "true")
+    assert refused.err.startswith("error: conflict: moecore/PixelPendulum-v0 has one task")
+
+
 def test_the_report_gives_curves_as_data_too(rl, agent_run, tmp_path):
     done = rl("report", "--ckpt_path", agent_run, "--output", tmp_path / "r.html", "--curves", tmp_path / "c.csv")
     assert (done.code, done.err) == (0, "")
@@ -124,6 +137,10 @@ def test_benchmark_and_search(rl, small, tmp_path):
     parts = {row["part"]: row for row in json.loads((tmp_path / "f.json").read_text())}
     assert parts["update"]["ratio"] == 1
     assert parts["experts, all experts"]["milliseconds"] > 0
+    between = 2 * parts["agent step"]["milliseconds"]  # agent steps, as collect.update_every has it
+    assert parts["update, its collection"]["milliseconds"] == pytest.approx(between)
+    share = between / parts["update"]["milliseconds"]
+    assert parts["update, its collection"]["ratio"] == pytest.approx(share)
     (tmp_path / "space.yaml").write_text("agent.lr: {low: 1.0e-4, high: 1.0e-2, log: true}\n")
     found = rl("search", *small(tmp_path), f"--space={tmp_path}/space.yaml", "--num_trials=2")
     assert found.code == 0, found.err
