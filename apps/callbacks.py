@@ -155,7 +155,7 @@ class StopOnNaN(Callback):
             kept = f"the last good checkpoint is {file}" if file.is_file() else "no checkpoint had been written yet"
             raise UserError(
                 f"step {trainer.global_step}: loss or gradients are {'NaN' if torch.isnan(value) else 'infinite'}; "
-                f"training stopped, {kept}; try a lower --optim.lr"
+                f"training stopped, {kept}; try a lower learning rate"
             )
 
 

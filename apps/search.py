@@ -188,6 +188,9 @@ def load_space(path: str | Path, app: str) -> Space:
         keys = set(spec) if isinstance(spec, dict) else set()
         if not (keys == {"choices"} or {"low", "high"} <= keys <= {"low", "high", "log", "step"}):
             raise UserError(f"space: {name}: give choices, or low and high (with log or step)")
+        ends = [spec.get(end) for end in ("low", "high")]
+        if all(isinstance(end, int | float) for end in ends) and ends[0] > ends[1]:
+            raise UserError(f"space: {name}: low={spec['low']} is above high={spec['high']}")
         for value in spec.get("choices") or (spec["low"], spec["high"]):
             text = value if isinstance(value, str) else json.dumps(value)
             parser.parse_args([f"--{name}={text}"])  # the setting must exist and take such values

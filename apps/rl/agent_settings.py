@@ -54,6 +54,11 @@ class NoiseConfig:
     clip: float = 0.3
     """Largest noise of actions in the losses."""
 
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        for name in ("start", "end", "scale", "clip"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+
 
 @dataclass
 class PerturbConfig:
@@ -71,10 +76,10 @@ class PerturbConfig:
     """Smallest; between them it is `1 - 2 ratio` of dormant units."""
 
     def __post_init__(self) -> None:
-        require(self.interval >= 1, "perturb.interval", self.interval, "must be at least 1")
-        require(self.pool >= 2, "perturb.pool", self.pool, "must be at least 2, for a spread")
+        require(self.interval >= 1, "interval", self.interval, "must be at least 1")
+        require(self.pool >= 2, "pool", self.pool, "must be at least 2, for a spread")
         good = 0 <= self.min_factor <= self.max_factor <= 1
-        require(good, "perturb.max_factor", self.max_factor, "0 <= min_factor <= max_factor <= 1 must hold")
+        require(good, "max_factor", self.max_factor, "0 <= min_factor <= max_factor <= 1 must hold")
 
 
 @dataclass
@@ -128,11 +133,15 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for name in ("channels", "feature_dim", "hidden", "n_step", "dormant_every"):
-            require(getattr(self, name) >= 1, f"agent.{name}", getattr(self, name), "must be at least 1")
-        require(len(self.strides) >= 1 and min(self.strides) >= 1, "agent.strides", self.strides, "at least 1 each")
-        require(0 < self.gamma <= 1, "agent.gamma", self.gamma, "must lie in (0, 1]")
-        require(0 < self.tau <= 1, "agent.tau", self.tau, "must lie in (0, 1]")
-        require(self.shift >= 0, "agent.shift", self.shift, "must not be negative")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(len(self.strides) >= 1 and min(self.strides) >= 1, "strides", self.strides, "at least 1 each")
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "must lie in (0, 1]")
+        require(0 < self.tau <= 1, "tau", self.tau, "must lie in (0, 1]")
+        for name in ("lr", "actor_lr"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(0 < self.expectile < 1, "expectile", self.expectile, "must lie in (0, 1)")
+        require(0 <= self.value_share <= 1, "value_share", self.value_share, "must lie in [0, 1]")
+        require(self.shift >= 0, "shift", self.shift, "must not be negative")
 
 
 def idle_settings(agent: AgentConfig) -> dict[str, str]:

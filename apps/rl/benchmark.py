@@ -16,7 +16,8 @@ from torch import Tensor
 from apps.rl.agents.mentor import Experience, Mentor
 from apps.rl.agents.networks import MoELayer
 from apps.rl.arguments import Benchmark
-from apps.rl.data import RLData, spec_of
+from apps.rl.data import RLData
+from apps.rl.envs.make import spec_of
 from apps.rl.loading import load_trained
 from apps.rl.settings import RLConfig
 from apps.rl.spaces import Transitions
@@ -38,7 +39,7 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
         config: settings.
         args: a trained agent; rounds.
     """
-    spec = spec_of(config)
+    spec = spec_of(config.env)
     agent = load_trained(Path(args.ckpt_path)).agent if args.ckpt_path else Mentor(config.agent, spec, config.run.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = RLData(config, spec, agent, Path(folder))

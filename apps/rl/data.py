@@ -17,22 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from apps.loading import ResumableLoader, as_is, derive_seed
 from apps.rl.agents.mentor import Mentor
 from apps.rl.collect import Collector, Episode
-from apps.rl.envs.make import env_spec, make_env
+from apps.rl.envs.make import make_env
 from apps.rl.replay import Replay
 from apps.rl.settings import RLConfig
 from apps.rl.spaces import EnvSpec, Transitions
 
 EXPLORE, DRAW = 2, 3
 """Streams of random numbers beside those of the agent."""
-
-
-def spec_of(config: RLConfig) -> EnvSpec:
-    """What the configured environment looks like; raises what is wrong with it."""
-    env = make_env(config.env)
-    try:
-        return env_spec(env, config.env)
-    finally:
-        env.close()
 
 
 class RLData(LightningDataModule):

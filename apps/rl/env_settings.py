@@ -38,7 +38,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         for name in ("size", "frame_stack", "action_repeat"):
-            require(getattr(self, name) >= 1, f"env.{name}", getattr(self, name), "must be at least 1")
-        require(self.obs == "state" or self.size >= 8, "env.size", self.size, "must be at least 8")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.obs == "state" or self.size >= 8, "size", self.size, "must be at least 8")
         good = self.max_steps is None or self.max_steps >= 1
-        require(good, "env.max_steps", self.max_steps, "must be at least 1, or null")
+        require(good, "max_steps", self.max_steps, "must be at least 1, or null")

@@ -38,13 +38,13 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_envs", "update_every", "batch_size", "eval_every", "eval_episodes"):
-            require(getattr(self, name) >= 1, f"collect.{name}", getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         good = self.batch_size <= self.random_steps < self.steps
         ask = f"must lie between batch_size={self.batch_size} and steps={self.steps}"
-        require(good, "collect.random_steps", self.random_steps, ask)
+        require(good, "random_steps", self.random_steps, ask)
         good = self.capacity >= self.random_steps
-        require(good, "collect.capacity", self.capacity, f"must hold random_steps={self.random_steps}")
-        require(self.eval_every >= self.update_every, "collect.eval_every", self.eval_every, "at least update_every")
+        require(good, "capacity", self.capacity, f"must hold random_steps={self.random_steps}")
+        require(self.eval_every >= self.update_every, "eval_every", self.eval_every, "at least update_every")
 
     @property
     def updates(self) -> int:

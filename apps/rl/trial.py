@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from apps.rl.data import RLData, spec_of
+from apps.rl.data import RLData
+from apps.rl.envs.make import spec_of
 from apps.rl.incontext.data import InContextData
 from apps.rl.incontext.task import InContextTask
 from apps.rl.settings import RLConfig
@@ -19,7 +20,7 @@ from apps.trial import Report, train_trial
 def objective(config: RLConfig, folder: Path, report: Report) -> float:
     """Largest mean return of the evaluations of a training run in `folder`."""
     torch.manual_seed(config.run.seed)
-    spec = spec_of(config)
+    spec = spec_of(config.env)
     if config.method == "t2mir":
         return _in_context(config, spec, folder, report)
     task = RLTask(config, spec)

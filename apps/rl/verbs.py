@@ -13,11 +13,12 @@ import numpy as np
 from apps import output, training
 from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Report, Train
 from apps.rl.conflict import measure_conflict
-from apps.rl.data import RLData, spec_of
+from apps.rl.data import RLData
+from apps.rl.envs.make import has_time_limit, spec_of
 from apps.rl.evaluation import Evaluation, iqm
 from apps.rl.evaluation import evaluate as measure
 from apps.rl.history import evaluations
-from apps.rl.loading import load_trained
+from apps.rl.loading import load_trained, refuse_other_run
 from apps.rl.settings import RLConfig
 from apps.rl.task import RLTask
 from apps.rl.video import write_video
@@ -68,12 +69,18 @@ def _train_once(config: RLConfig, ckpt_path: str | None, source: str | None) -> 
     runs = Runs(config.run.root, "rl")
     name = run_name(config, source)
     resume = runs.checkpoint(ckpt_path, name, resume=True) if ckpt_path else None
-    spec = spec_of(config)
+    spec = spec_of(config.env)
     task = RLTask(config, spec)
     if resume:
-        training.check_fits(load_checkpoint(resume, "rl")["state_dict"], task, resume)
+        checkpoint = load_checkpoint(resume, "rl")
+        refuse_other_run(checkpoint, config)
+        training.check_fits(checkpoint["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
+    if not has_time_limit(config.env):
+        print(
+            f"note: env.id={config.env.id} has no time limit: if episodes may never end, set env.max_steps", flush=True
+        )
     data = RLData(config, spec, task.model, folder / "replay")
     trainer = training.make_trainer(config.loop, config.run, None, folder, "val/return", "max")
     training.fit(trainer, task, data, folder, config, resume)
@@ -174,4 +181,6 @@ def search(config: RLConfig, args: Search, source: str | None) -> None:
     """Search hyperparameters."""
     from apps.search import run_search
 
+    if config.method == "t2mir" and not args.space:
+        args = dataclasses.replace(args, space="configs/rl/space_t2mir.yaml")
     run_search("rl", config, args, "apps.rl.trial:objective", run_name(config, source), direction="maximize")

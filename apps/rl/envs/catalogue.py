@@ -61,6 +61,8 @@ def open_env(config: EnvConfig, render: bool) -> gymnasium.Env:
         raise UserError(f"env.id={config.id}: {_line(error)}") from error
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"env.kwargs={config.kwargs}: {config.id} does not take them: {_line(error)}") from error
+    except AssertionError as error:  # of classes that check their arguments in this way
+        raise UserError(f"env.kwargs={config.kwargs}: {config.id} refuses them: {_line(error)}") from error
 
 
 def _load_package(env_id: str) -> None:

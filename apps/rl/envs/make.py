@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from apps.errors import UserError
 from apps.rl.env_settings import EnvConfig
 from apps.rl.envs.catalogue import open_env
+from apps.rl.envs.guard import as_number, as_state, as_task, checked_result, guarded
 from apps.rl.envs.mujoco import Camera, is_meta_world
 from apps.rl.envs.pictures import as_frame, painter
 from apps.rl.envs.raster import Image
@@ -40,6 +41,21 @@ def env_spec(env: AgentEnv, config: EnvConfig) -> EnvSpec:
     """What agents and replay need to know."""
     (actions,) = env.action_space.shape
     return EnvSpec(config.id, env.observation_space.shape, config.frame_stack, actions, env.task_names)
+
+
+def spec_of(config: EnvConfig) -> EnvSpec:
+    """What the configured environment looks like; raises what is wrong with it."""
+    env = make_env(config)
+    try:
+        return env_spec(env, config)
+    finally:
+        env.close()
+
+
+def has_time_limit(config: EnvConfig) -> bool:
+    """Whether episodes are cut off after some steps, as far as Gymnasium knows."""
+    spec = gymnasium.registry.get(config.id.rsplit(":", 1)[-1])
+    return config.max_steps is not None or spec is None or spec.max_episode_steps is not None
 
 
 class AgentEnv(gymnasium.Wrapper):
@@ -75,7 +91,8 @@ class AgentEnv(gymnasium.Wrapper):
         """First frame of an episode."""
         if seed is not None and is_meta_world(self.unwrapped):
             self.unwrapped.seed(seed)  # it takes no heed of the seed of reset
-        obs, info = self.env.reset(seed=seed, options=options)
+        result = guarded(self.config.id, "reset", self.env.reset, seed=seed, options=options)
+        obs, info = checked_result(self.config.id, "reset", result, 2)
         return self._frame(obs), self._noted(info, _succeeded(info))
 
     def step(
@@ -84,8 +101,9 @@ class AgentEnv(gymnasium.Wrapper):
         """The action's steps, and the frame after the last of them."""
         taken, total, success = self._native(action), 0.0, False
         for _ in range(self.config.action_repeat):
-            obs, reward, terminated, truncated, info = self.env.step(taken)
-            total += _number(reward)
+            result = guarded(self.config.id, "step", self.env.step, taken)
+            obs, reward, terminated, truncated, info = checked_result(self.config.id, "step", result, 5)
+            total += as_number(self.config.id, "a reward", reward)
             success = success or _succeeded(info)
             if terminated or truncated:
                 break
@@ -104,10 +122,12 @@ class AgentEnv(gymnasium.Wrapper):
     def _frame(self, obs: Any) -> Shaped[np.ndarray, "*frame"]:
         if self.config.obs == "pixels":
             return as_frame(self.painter.draw_at(self.config.size), self.config.gray)
-        return np.asarray(flatten(self.env.observation_space, obs), dtype=np.float32)
+        space, (width,) = self.env.observation_space, self.observation_space.shape
+        flat = guarded(self.config.id, "reading an observation", flatten, space, obs)
+        return as_state(self.config.id, np.asarray(flat, dtype=np.float32), width)
 
     def _noted(self, info: dict[str, Any], success: bool) -> dict[str, Any]:
-        noted = {**info, "task": int(info["task"]) if self.task_names else 0}
+        noted = {**info, "task": as_task(self.config.id, info, self.task_names) if self.task_names else 0}
         return {**noted, "success": success} if _SUCCESS & info.keys() else noted
 
     def _native(self, action: Float[np.ndarray, " A"]) -> Any:

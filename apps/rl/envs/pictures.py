@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from apps.errors import UserError
+from apps.rl.envs.guard import guarded
 from apps.rl.envs.mujoco import Camera, is_mujoco
 from apps.rl.envs.raster import Image
 
@@ -43,12 +44,11 @@ class Resized:
 
     def draw_at(self, size: int) -> Image:
         """The environment as it stands, `[size, size, 3]`."""
-        try:
-            image = self.env.render()
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise UserError(f"env.id={self.env.spec.id}: {error}") from error
-        if not isinstance(image, np.ndarray) or image.ndim != 3:
+        image = guarded(self.env.spec.id, "render", self.env.render)
+        if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
             raise UserError(f"env.id={self.env.spec.id}: it renders no images: set env.obs=state")
+        if image.ndim == 2 or image.shape[2] == 1:  # shades of grey
+            image = np.repeat(image.reshape(*image.shape[:2], 1), 3, 2)
         return resize(image[..., :3], size)
 
 

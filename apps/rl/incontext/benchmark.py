@@ -11,7 +11,7 @@ import torch
 
 from apps.rl.agents.t2mir import T2MIR, Windows
 from apps.rl.arguments import Benchmark
-from apps.rl.data import spec_of
+from apps.rl.envs.make import spec_of
 from apps.rl.settings import RLConfig
 from apps.timing import interleaved
 
@@ -24,7 +24,7 @@ def run_benchmark(config: RLConfig, args: Benchmark) -> list[dict[str, Any]]:
 
     Weights are fresh and histories random: neither changes what a call costs.
     """
-    spec, calls = spec_of(config), {}
+    spec, calls = spec_of(config.env), {}
     for name in dict.fromkeys(("none", config.t2mir.experts)):
         own = dataclasses.replace(config.t2mir, experts=name)
         agent = T2MIR(own, spec.stacked[0], spec.action_dim)

@@ -14,11 +14,13 @@ from apps.errors import UserError
 from apps.rl.agents.t2mir import T2MIR
 from apps.rl.incontext.episodes import Life, by_chance, in_context, live
 from apps.rl.incontext.tasks import Split, split_tasks
+from apps.rl.loading import known_environment
 from apps.rl.settings import RLConfig
 from apps.rl.spaces import EnvSpec
 from apps.runs import load_checkpoint
 from apps.training import load_weights
 from apps.tree import restore
+from moecore.errors import require
 
 MOST_SEEN = 10
 """Tasks of the training that are looked at beside those held out."""
@@ -67,10 +69,18 @@ def load_in_context(path: Path, config: RLConfig | None = None) -> TrainedInCont
     checkpoint = load_checkpoint(path, "rl")
     if "learned" not in checkpoint:
         raise UserError(f"{path}: an agent trained with method=mentor; leave out method")
-    config = config or restore(RLConfig, checkpoint["config"])
-    spec = EnvSpec.from_plain(checkpoint["spec"])
+    config, spec = known_environment(checkpoint, config)
+    refuse_other_tasks(checkpoint, config)
     agent = load_weights(T2MIR(config.t2mir, spec.stacked[0], spec.action_dim), checkpoint, path, config.trainer)
     return TrainedInContext(agent, config, spec, path, checkpoint["learned"])
+
+
+def refuse_other_tasks(checkpoint: Mapping[str, Any], config: RLConfig) -> None:
+    """Raise if tasks that were learned from would pass for others."""
+    stored = restore(RLConfig, checkpoint["config"]).t2mir
+    for name in ("val_tasks", "held_out"):
+        now, then = getattr(config.t2mir, name), getattr(stored, name)
+        require(now == then, f"t2mir.{name}", now, f"the agent was trained with {then}; keep it")
 
 
 @dataclass(frozen=True)

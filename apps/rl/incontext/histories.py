@@ -27,7 +27,7 @@ from apps.rl.data import RLData
 from apps.rl.incontext.tasks import make_task_env
 from apps.rl.settings import RLConfig
 from apps.rl.spaces import EnvSpec
-from apps.tree import plain
+from apps.tree import flatten, plain
 from moecore.files import atomic_path, write_atomic
 
 SETTINGS = "settings.json"
@@ -79,35 +79,46 @@ def load_histories(config: RLConfig, spec: EnvSpec, tasks: Sequence[int]) -> dic
             np.savez_compressed(file, **vars(history))
         words = f"{spec.tasks[task]}: return {history.returns()[:5].mean():.4g} to {history.returns()[-5:].mean():.4g}"
         print(f"history {number + 1} of {len(missing)}, {words}", flush=True)
-    return {task: _read(_file(folder, task)) for task in tasks}
+    return {task: _read(_file(folder, task), spec) for task in tasks}
 
 
 def _file(folder: Path, task: int) -> Path:
     return folder / f"task-{task:04}.npz"
 
 
-def _read(file: Path) -> TaskHistory:
+def _read(file: Path, spec: EnvSpec) -> TaskHistory:
     try:
         with open(file, "rb") as opened, np.load(opened) as held:
-            return TaskHistory(**{field.name: held[field.name] for field in dataclasses.fields(TaskHistory)})
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+            history = TaskHistory(**{field.name: held[field.name] for field in dataclasses.fields(TaskHistory)})
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{file}: not a history ({error}); delete it, and it is collected again") from error
+    steps = len(history.reward)
+    if history.obs.shape != (steps, *spec.stacked) or history.action.shape != (steps, spec.action_dim):
+        raise UserError(f"{file}: of another environment; delete it, and it is collected again")
+    return history
 
 
 def _check_settings(folder: Path, config: RLConfig) -> None:
     """Write down what the histories are of, or compare with what was written."""
     settings: dict[str, Any] = {name: plain(getattr(config, name)) for name in ("env", "agent", "collect")}
     settings["history_seed"] = config.t2mir.history_seed
-    settings = json.loads(json.dumps(settings))
     file = folder / SETTINGS
     if not file.is_file():
+        if any(folder.glob("task-*.npz")):
+            raise UserError(f"t2mir.histories={folder}: holds histories of unknown settings; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(settings, indent=1))
         return
-    held = json.loads(file.read_text())
-    for group, values in settings.items():
-        if held.get(group) != values:
-            raise UserError(f"t2mir.histories={folder}: collected with other settings of {group}; give another folder")
+    try:
+        held, wanted = flatten(json.loads(file.read_text())), flatten(json.loads(json.dumps(settings)))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error}); give another t2mir.histories folder") from error
+    for name in sorted(held.keys() | wanted.keys()):
+        if held.get(name) != wanted.get(name):
+            raise UserError(
+                f"t2mir.histories={folder}: collected with {name}={held.get(name)}, not {wanted.get(name)}; give "
+                "another folder"
+            )
 
 
 def learn_task(config: RLConfig, spec: EnvSpec, task: int) -> TaskHistory:

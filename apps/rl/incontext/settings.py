@@ -59,7 +59,7 @@ class T2MIRConfig:
     """Dropout in the dense layers and on attention's output."""
     batch_tasks: int = 16
     """Tasks of a batch; each gives two windows."""
-    steps: int = 3000
+    steps: int = 1500
     """Optimiser steps."""
     lr: float = 1e-3
     """Peak learning rate of AdamW, with warm-up and cosine."""
@@ -74,19 +74,19 @@ class T2MIRConfig:
         least = {"val_tasks": 1, "held_out": 1, "context": 2, "layers": 1, "width": 2, "heads": 1, "batch_tasks": 2}
         least |= {"token_experts": 1, "task_experts": 1, "top_k": 1, "steps": 1, "eval_every": 1, "eval_episodes": 1}
         for name, value in least.items():
-            require(getattr(self, name) >= value, f"t2mir.{name}", getattr(self, name), f"must be at least {value}")
-        require(self.width % self.heads == 0, "t2mir.width", self.width, f"must be a multiple of heads={self.heads}")
-        require(self.width % 2 == 0, "t2mir.width", self.width, "must be even: each mixture gives half of it")
+            require(getattr(self, name) >= value, name, getattr(self, name), f"must be at least {value}")
+        require(self.width % self.heads == 0, "width", self.width, f"must be a multiple of heads={self.heads}")
+        require(self.width % 2 == 0, "width", self.width, "must be even: each mixture gives half of it")
         fewest = min(self.token_experts, self.task_experts)
-        require(self.top_k <= fewest, "t2mir.top_k", self.top_k, f"must not exceed the {fewest} experts")
+        require(self.top_k <= fewest, "top_k", self.top_k, f"must not exceed the {fewest} experts")
         for name in ("balance", "contrast", "weight_decay"):
-            require(getattr(self, name) >= 0, f"t2mir.{name}", getattr(self, name), "must not be negative")
-        require(0 < self.momentum <= 1, "t2mir.momentum", self.momentum, "must lie in (0, 1]")
-        require(0 <= self.dropout < 1, "t2mir.dropout", self.dropout, "must lie in [0, 1)")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(0 < self.momentum <= 1, "momentum", self.momentum, "must lie in (0, 1]")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
         good = self.early is None or 0 < self.early <= 1
-        require(good, "t2mir.early", self.early, "must lie in (0, 1], or null")
-        require(self.lr > 0, "t2mir.lr", self.lr, "must be positive")
-        require(self.hidden is None or self.hidden >= 1, "t2mir.hidden", self.hidden, "must be at least 1, or null")
+        require(good, "early", self.early, "must lie in (0, 1], or null")
+        require(self.lr > 0, "lr", self.lr, "must be positive")
+        require(self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "must be at least 1, or null")
 
     @property
     def share(self) -> float:

@@ -20,11 +20,17 @@ class OneTask(gymnasium.Wrapper):
 
     def __init__(self, env: AgentEnv, task: int) -> None:
         super().__init__(env)
-        self.task = task
+        self.task, self.config = task, env.config
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode of it."""
-        return self.env.reset(seed=seed, options={**(options or {}), "task": self.task})
+        obs, info = self.env.reset(seed=seed, options={**(options or {}), "task": self.task})
+        if info["task"] != self.task:
+            raise UserError(
+                f"env.id={self.config.id}: a reset with options={{'task': {self.task}}} began task {info['task']}; it "
+                "must begin the one asked for"
+            )
+        return obs, info
 
 
 def make_task_env(config: EnvConfig, task: int, render: bool = False) -> OneTask:
@@ -52,6 +58,7 @@ def split_tasks(spec: EnvSpec, config: T2MIRConfig) -> Split:
         raise UserError(f"env.id={spec.id}: has one task; in-context learning needs many (an env with task_names)")
     if spec.pixels:
         raise UserError("env.obs=pixels: T2MIR reads states; set env.obs=state")
+    require(spec.frame_stack == 1, "env.frame_stack", spec.frame_stack, "must be 1: T2MIR remembers by itself")
     count = len(spec.tasks)
     left = count - config.val_tasks - config.held_out
     require(left >= 2, "t2mir.held_out", config.held_out, f"leaves {max(left, 0)} of {count} tasks to learn from")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from apps import output, training
 from apps.rl.arguments import Benchmark, Evaluate, Export, Predict, Report
-from apps.rl.data import spec_of
+from apps.rl.envs.make import spec_of
 from apps.rl.incontext.data import InContextData
-from apps.rl.incontext.evaluation import evaluate_in_context, load_in_context
+from apps.rl.incontext.evaluation import evaluate_in_context, load_in_context, refuse_other_tasks
 from apps.rl.incontext.pictures import film
 from apps.rl.incontext.task import InContextTask
+from apps.rl.loading import refuse_other_run
 from apps.rl.settings import RLConfig
 from apps.rl.video import write_video
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
@@ -25,12 +26,16 @@ def train_once(config: RLConfig, ckpt_path: str | None, name: str) -> dict[str, 
     training.prepare_process(config.run)
     runs = Runs(config.run.root, "rl")
     resume = runs.checkpoint(ckpt_path, name, resume=True) if ckpt_path else None
-    spec = spec_of(config)
+    spec = spec_of(config.env)
+    if resume:
+        checkpoint = load_checkpoint(resume, "rl")
+        refuse_other_run(checkpoint, config)
+        refuse_other_tasks(checkpoint, config)
     data = InContextData(config, spec)
     task = InContextTask(config, spec)
     task.prepare(data)
     if resume:
-        training.check_fits(load_checkpoint(resume, "rl")["state_dict"], task, resume)
+        training.check_fits(checkpoint["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
     trainer = training.make_trainer(config.loop, config.run, None, folder, "val/return", "max")

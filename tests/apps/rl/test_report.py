@@ -14,8 +14,8 @@ from torch import nn
 from apps.rl.agent_settings import AgentConfig, MoEActorConfig, PerturbConfig
 from apps.rl.agents.mentor import Mentor
 from apps.rl.conflict import between, probes, task_gradients
-from apps.rl.data import spec_of
 from apps.rl.env_settings import EnvConfig
+from apps.rl.envs.make import spec_of
 from apps.rl.evaluation import evaluate
 from apps.rl.history import History, evaluations, groups
 from apps.rl.loading import Trained
@@ -37,7 +37,7 @@ def config_of(actor="moe", env="moecore/PixelPendulum-v0", seed=0, kind="task") 
 
 def trained_of(folder: Path, **options) -> Trained:
     config = config_of(**options)
-    spec = spec_of(config)
+    spec = spec_of(config.env)
     events = [{"update": 30, "kept": 0.75, "dormant": 0.1}] if config.agent.perturb.kind == "task" else []
     return Trained(Mentor(config.agent, spec, 0), config, spec, folder / "checkpoints" / "best.ckpt", events)
 

@@ -67,6 +67,32 @@ def test_conflict_of_tasks_is_measured_where_there_are_several(rl, small, agent_
     assert refused.err.startswith("error: conflict: moecore/PixelPendulum-v0 has one task")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env.size", "24"], "env: observations are (1, 24, 24), the agent was trained on (1, 12, 12)"),
+        (["--env.id", "moecore/Skills-v0"], "env: numbers of an action are 2, the agent was trained on 1"),
+        (["--env.frame_stack", "2"], "env: frame_stack are 2, the agent was trained on 3"),
+    ],
+)
+def test_an_agent_is_not_run_on_what_it_cannot_read(rl, agent_run, flags, words):
+    done = rl("evaluate", "--ckpt_path", agent_run, *flags)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--env.kwargs", "{g: 5.0}"], ["--run.seed", "3"], ["--env.max_steps", "30"]])
+def test_a_resumed_run_keeps_its_environment_and_seed(rl, small, agent_run, tmp_path, flags):
+    shutil.copytree(agent_run, tmp_path / "rl" / "agent")
+    before = (tmp_path / "rl" / "agent" / "config.yaml").read_text()
+    done = rl("train", *small(tmp_path, run__name="agent"), "--ckpt_path", "last", *flags)
+    assert done.code == 2
+    assert "the run was begun with" in done.err
+    assert done.err.count("\n") == 1
+    assert (tmp_path / "rl" / "agent" / "config.yaml").read_text() == before
+
+
 def test_the_report_gives_curves_as_data_too(rl, agent_run, tmp_path):
     done = rl("report", "--ckpt_path", agent_run, "--output", tmp_path / "r.html", "--curves", tmp_path / "c.csv")
     assert (done.code, done.err) == (0, "")

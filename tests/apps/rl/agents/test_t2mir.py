@@ -174,17 +174,17 @@ def test_the_task_is_read_from_rewards_alone():
 @pytest.mark.parametrize(
     ("wrong", "field"),
     [
-        ({"width": 30, "heads": 4}, "t2mir.width"),
-        ({"width": 15, "heads": 3}, "t2mir.width"),
-        ({"top_k": 7}, "t2mir.top_k"),
-        ({"context": 1}, "t2mir.context"),
-        ({"momentum": 0.0}, "t2mir.momentum"),
-        ({"balance": -1.0}, "t2mir.balance"),
-        ({"dropout": 1.0}, "t2mir.dropout"),
-        ({"hidden": 0}, "t2mir.hidden"),
-        ({"lr": 0.0}, "t2mir.lr"),
-        ({"early": 0.0}, "t2mir.early"),
-        ({"batch_tasks": 1}, "t2mir.batch_tasks"),
+        ({"width": 30, "heads": 4}, "width"),
+        ({"width": 15, "heads": 3}, "width"),
+        ({"top_k": 7}, "top_k"),
+        ({"context": 1}, "context"),
+        ({"momentum": 0.0}, "momentum"),
+        ({"balance": -1.0}, "balance"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"hidden": 0}, "hidden"),
+        ({"lr": 0.0}, "lr"),
+        ({"early": 0.0}, "early"),
+        ({"batch_tasks": 1}, "batch_tasks"),
     ],
 )
 def test_sizes_that_cannot_work(wrong, field):

@@ -11,11 +11,12 @@ from apps import tree
 from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
 from apps.rl import APP
-from apps.rl.data import spec_of
+from apps.rl.envs.make import spec_of
+from apps.rl.envs.point import PointReach
 from apps.rl.incontext.episodes import Life
 from apps.rl.incontext.histories import TaskHistory, histories_folder, learn_task, load_histories
 from apps.rl.incontext.settings import T2MIRConfig
-from apps.rl.incontext.tasks import split_tasks
+from apps.rl.incontext.tasks import make_task_env, split_tasks
 from apps.rl.incontext.windows import check_length, draw_windows
 from apps.rl.rollout import Trace
 from apps.rl.settings import RLConfig
@@ -32,7 +33,7 @@ def config(tiny, tmp_path):
 
 def test_a_history_is_everything_an_agent_did_in_its_task(config):
     one = config()
-    history = learn_task(one, spec_of(one), 4)
+    history = learn_task(one, spec_of(one.env), 4)
     assert len(history.reward) == 59  # as many as the last update asks for
     assert np.flatnonzero(history.first).tolist() == list(range(0, 60, 5))
     goal = np.random.default_rng(0).uniform(-1, 1, (6, 2))[4]
@@ -43,13 +44,13 @@ def test_a_history_is_everything_an_agent_did_in_its_task(config):
         assert reward == pytest.approx(-np.hypot(*(place - goal)), abs=1e-5)
     assert history.returns() == pytest.approx(np.add.reduceat(history.reward, range(0, 60, 5))[:-1])
     assert np.abs(history.final).max() <= 1
-    again = learn_task(one, spec_of(one), 4)
+    again = learn_task(one, spec_of(one.env), 4)
     assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(history).items())
 
 
 def test_only_missing_histories_are_collected_and_a_broken_one_is_named(config, capsys):
     one = config()
-    spec, folder = spec_of(one), histories_folder(one)
+    spec, folder = spec_of(one.env), histories_folder(one)
     first = load_histories(one, spec, [0, 1, 2])
     assert capsys.readouterr().out.count("history ") == 3
     (folder / "task-0001.npz").unlink()
@@ -63,12 +64,46 @@ def test_only_missing_histories_are_collected_and_a_broken_one_is_named(config, 
 
 def test_histories_of_other_agents_are_refused(config):
     one = config()
-    load_histories(one, spec_of(one), [0])
-    for change, group in (({"agent__hidden": 4}, "agent"), ({"t2mir__history_seed": 1}, "history_seed")):
+    load_histories(one, spec_of(one.env), [0])
+    for change, words in (
+        ({"agent__hidden": 4}, "agent.hidden=8, not 4"),
+        ({"t2mir__history_seed": 1}, "seed=0, not 1"),
+    ):
         other = config(**change)
-        with pytest.raises(UserError, match=f"collected with other settings of {group}; give another folder"):
-            load_histories(other, spec_of(other), [0])
-    load_histories(config(run__seed=5, t2mir__width=16), spec_of(one), [0])  # nothing that histories depend on
+        with pytest.raises(UserError, match=f"collected with .*{words}; give another folder"):
+            load_histories(other, spec_of(other.env), [0])
+    load_histories(config(run__seed=5, t2mir__width=16), spec_of(one.env), [0])  # nothing that histories depend on
+
+
+def test_folders_that_are_not_of_our_making_are_refused(config):
+    one = config()
+    spec, folder = spec_of(one.env), histories_folder(one)
+    load_histories(one, spec, [0])
+    settings = (folder / "settings.json").read_text()
+    (folder / "settings.json").write_text(settings[:20])
+    with pytest.raises(UserError, match=r"settings\.json: damaged .*; give another t2mir\.histories folder"):
+        load_histories(one, spec, [0])
+    (folder / "settings.json").unlink()
+    with pytest.raises(UserError, match="holds histories of unknown settings"):
+        load_histories(one, spec, [0])
+    (folder / "settings.json").write_text(settings)
+    with pytest.raises(UserError, match=r"task-0000\.npz: of another environment; delete it"):
+        load_histories(one, dataclasses.replace(spec, action_dim=3), [0])
+    (folder / "task-0000.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"task-0000\.npz: not a history"):
+        load_histories(one, spec, [0])
+
+
+def test_an_environment_must_begin_the_task_that_it_is_asked_for(config, monkeypatch):
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {"task": 1, "success": False}
+
+    monkeypatch.setattr(PointReach, "reset", reset)
+    env = make_task_env(config().env, 3)
+    with pytest.raises(
+        UserError, match=r"a reset with options=\{'task': 3\} began task 1; it must begin the one asked"
+    ):
+        env.reset()
 
 
 def history(task: int, steps: int = 30) -> TaskHistory:
@@ -118,17 +153,20 @@ def test_histories_too_short_for_a_window():
 
 def test_tasks_are_split_once_and_for_all(config):
     one = config()
-    split = split_tasks(spec_of(one), one.t2mir)
+    split = split_tasks(spec_of(one.env), one.t2mir)
     assert (split.train, split.val, split.held_out) == ([0, 1, 2], [3], [4, 5])
     few = config(t2mir__held_out=4)
     with pytest.raises(ConfigError, match=r"t2mir\.held_out=4: leaves 1 of 6 tasks"):
-        split_tasks(spec_of(few), few.t2mir)
+        split_tasks(spec_of(few.env), few.t2mir)
     single = config(env__id="moecore/PixelPendulum-v0", env__kwargs="{}")
     with pytest.raises(UserError, match="has one task"):
-        split_tasks(spec_of(single), single.t2mir)
+        split_tasks(spec_of(single.env), single.t2mir)
+    stacked = config(env__frame_stack=3)
+    with pytest.raises(ConfigError, match=r"env\.frame_stack=3: must be 1"):
+        split_tasks(spec_of(stacked.env), stacked.t2mir)
     pixels = config(env__obs="pixels")
     with pytest.raises(UserError, match=r"set env\.obs=state"):
-        split_tasks(spec_of(pixels), pixels.t2mir)
+        split_tasks(spec_of(pixels.env), pixels.t2mir)
 
 
 def test_memory_holds_whole_episodes_as_far_as_they_fit():

@@ -143,6 +143,20 @@ def test_each_method_refuses_the_others_agents_in_one_line(rl, context_run, agen
         assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--t2mir.held_out", "3"], "t2mir.held_out=3: the agent was trained with 2; keep it"),
+        (["--env.kwargs", "{tasks: 4}"], "env: tasks are 4 others, the agent was trained on 6 others"),
+    ],
+)
+def test_tasks_that_were_learned_from_do_not_pass_for_others(rl, context_run, flags, words):
+    done = rl("evaluate", "--ckpt_path", context_run, *flags)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_chance_earns_what_random_actions_earn(context_run):
     trained = load_in_context(Path(context_run / BEST))
     lives = live(trained.config.env, [4, 5], by_chance(2, 0), 3)
