@@ -54,7 +54,7 @@ def as_number(env_id: str, what: str, value: Any) -> float:
         (number,) = (float(one) for one in np.asarray(value).reshape(-1))
     except (TypeError, ValueError):
         raise UserError(f"env.id={env_id}: {what} is {value!r}; it must be one number") from None
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise UserError(f"env.id={env_id}: {what} is {number}; it must be finite")
     return number
 
