@@ -1,8 +1,9 @@
 """T2MIR: a transformer that learns in context, with token- and task-wise experts (arXiv 2506.05426).
 
-Every step of a history is three tokens: state, action, reward. The token of a state says which action to take there,
-given all that came before, over the ends of episodes. The last layer's network is two mixtures side by side: one
-routes by token, which tells the three kinds apart, one by task, which a contrastive loss on its gate brings about.
+Every step of a history is three tokens: state, action, and reward with what it was given for. The token of a state
+says which action to take there, given all that came before, over the ends of episodes. The last layer's network is two
+mixtures side by side: one routes by token, which tells the three kinds apart, one by task, which a contrastive loss on
+its gate brings about.
 
 B windows, L steps of each, N numbers of a state, A of an action, D width of a token, E experts, M tasks of a batch.
 """
@@ -121,7 +122,8 @@ class T2MIR(nn.Module):
         self.config, self.context, width = config, config.context, config.width
         self.state_dim, self.action_dim = state_dim, action_dim
         self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).repeat(1, state_dim + 1))
-        self.embed = nn.ModuleList(nn.Linear(size, width) for size in (state_dim, action_dim, 1))
+        sizes = (state_dim, action_dim, (state_dim + action_dim if config.whole_steps else 0) + 1)
+        self.embed = nn.ModuleList(nn.Linear(size, width) for size in sizes)
         self.place = nn.Parameter(torch.randn(config.context, width) * 0.02)
         self.kind = nn.Parameter(torch.randn(3, width) * 0.02)
         self.layers = nn.ModuleList(Layer(config, Dense(width, config.dropout)) for _ in range(config.layers - 1))
@@ -158,7 +160,8 @@ class T2MIR(nn.Module):
         """What the last layer's network adds to."""
         middle, spread = self.scale
         reward = (reward[..., None] - middle[-1]) / spread[-1]
-        parts = ((obs - middle[:-1]) / spread[:-1], action, reward)
+        obs = (obs - middle[:-1]) / spread[:-1]
+        parts = (obs, action, torch.cat([obs, action, reward], -1) if self.config.whole_steps else reward)
         tokens = torch.stack([embed(part) for embed, part in zip(self.embed, parts, strict=True)], 2)  # [B, L, 3, D]
         x = (tokens + self.kind + self.place[: obs.shape[1], None]).flatten(1, 2)
         for layer in self.layers[:-1]:

@@ -28,7 +28,7 @@ class PointReach(gymnasium.Env):
 
     Args:
         tasks: Number of goals.
-        reward: dense: minus the distance to the goal; sparse: 1 near it.
+        reward: progress: by how much the distance to the goal shrinks; distance: minus it; sparse: 1 near the goal.
         render_mode: rgb_array or None.
         render_size: Height and width of pictures.
 
@@ -40,13 +40,13 @@ class PointReach(gymnasium.Env):
 
     def __init__(
         self,
-        tasks: int = 100,
-        reward: Literal["dense", "sparse"] = "dense",
+        tasks: int = 60,
+        reward: Literal["progress", "distance", "sparse"] = "progress",
         render_mode: str | None = None,
         render_size: int = 64,
     ) -> None:
         require(tasks >= 1, "env.kwargs.tasks", tasks, "must be at least 1")
-        choice("env.kwargs.reward", reward, ("dense", "sparse"))
+        choice("env.kwargs.reward", reward, ("progress", "distance", "sparse"))
         self.goals = np.random.default_rng(0).uniform(-1, 1, (tasks, 2))
         self.task_names = tuple(f"goal {x:+.2f} {y:+.2f}" for x, y in self.goals)
         self.reward, self.render_mode, self.render_size = reward, render_mode, render_size
@@ -69,10 +69,14 @@ class PointReach(gymnasium.Env):
         self, action: Float[np.ndarray, " 2"]
     ) -> tuple[Float[np.ndarray, " 2"], float, bool, bool, dict[str, Any]]:
         """Move; time limits are the registration's."""
+        before = self._distance()
         self.place = np.clip(self.place + SPEED * np.clip(action, -1, 1), -1, 1)
-        distance = float(np.hypot(*(self.place - self.goals[self.task])))
-        reward = -distance if self.reward == "dense" else float(distance < NEAR)
+        distance = self._distance()
+        reward = {"progress": before - distance, "distance": -distance, "sparse": float(distance < NEAR)}[self.reward]
         return self.place.astype(np.float32), reward, False, False, {"task": self.task, "success": distance < NEAR}
+
+    def _distance(self) -> float:
+        return float(np.hypot(*(self.place - self.goals[self.task])))
 
     def draw_at(self, size: int) -> Image:
         """The arena, `[size, size, 3]`, y up."""

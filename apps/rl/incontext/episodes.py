@@ -57,20 +57,22 @@ def live(
 ) -> list[Life]:
     """Let an agent live through episodes of every task, all tasks at once.
 
+    The episodes of a task begin alike, so that what changes from one to the next is the agent's doing.
+
     Args:
         config: of the environment.
         tasks: numbers.
         act: acts.
         episodes: in each task.
         pictures: keep pictures of so many tasks, the first ones.
-        seed: of the starts.
+        seed: of the starts, one per task.
     """
     envs = [make_task_env(config, task, render=i < pictures) for i, task in enumerate(tasks)]
     lives = [Life(task, env.action_space.shape[0]) for task, env in zip(tasks, envs, strict=True)]
     try:
-        for number in range(episodes):
+        for _ in range(episodes):
             for env, life in zip(envs, lives, strict=True):
-                start = derive_seed(EVALUATE, seed, life.task, number) % 2**31
+                start = derive_seed(EVALUATE, seed, life.task) % 2**31
                 life.obs.append(env.reset(seed=start)[0])
                 life.episodes.append(Trace(start, life.task))
             running = list(range(len(lives)))

@@ -20,7 +20,7 @@ class T2MIRConfig:
     """Seed of those agents; another one needs another folder."""
     val_tasks: int = 5
     """Tasks, not learned from, that choose the best checkpoint."""
-    held_out: int = 15
+    held_out: int = 10
     """Further tasks, not learned from, that the agent is tested on."""
     target: Literal["final", "history"] = "final"
     """What to imitate at every step: the action that the task's agent takes once it has learned (as decision-pretrained
@@ -30,6 +30,9 @@ class T2MIRConfig:
     give away what is to be imitated and rewards need not be read; else 1."""
     context: int = 60
     """Steps that the agent remembers, over episodes; three tokens each."""
+    whole_steps: bool = True
+    """The token of a reward holds its state and action too, so that what an action earned need not be gathered from
+    three tokens first; false: the reward alone, as published."""
     layers: int = 3
     """Transformer layers; the last one has the experts."""
     width: int = 64
@@ -59,9 +62,9 @@ class T2MIRConfig:
     """Dropout in the dense layers and on attention's output."""
     batch_tasks: int = 16
     """Tasks of a batch; each gives two windows."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimiser steps."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of AdamW, with warm-up and cosine."""
     weight_decay: float = 1e-4
     """On matrices."""

@@ -30,9 +30,10 @@ def inputs(batch: Windows) -> tuple[torch.Tensor, ...]:
     return batch.obs, batch.action, batch.reward
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("experts", ["both", "token", "task", "none"])
-def test_an_action_depends_on_what_came_before_and_on_nothing_else(experts):
-    one, batch = agent(experts=experts).eval(), windows()
+def test_an_action_depends_on_what_came_before_and_on_nothing_else(experts, whole):
+    one, batch = agent(experts=experts, whole_steps=whole).eval(), windows()
     with torch.no_grad():
         actions = one(*inputs(batch))
         assert actions.shape == (4, L, A)

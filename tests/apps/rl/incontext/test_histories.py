@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from apps import tree
 from apps.cli import make_parser
 from apps.errors import ConfigError, UserError
 from apps.rl import APP
+from apps.rl.agents.t2mir import Windows
 from apps.rl.envs.make import spec_of
 from apps.rl.envs.point import PointReach
 from apps.rl.incontext.episodes import Life
@@ -40,8 +42,8 @@ def test_a_history_is_everything_an_agent_did_in_its_task(config):
     for obs, action, reward, first in zip(history.obs, history.action, history.reward, history.first, strict=True):
         place = obs if first else place
         assert obs == pytest.approx(place, abs=1e-6)
-        place = np.clip(place + 0.1 * action, -1, 1)
-        assert reward == pytest.approx(-np.hypot(*(place - goal)), abs=1e-5)
+        before, place = np.hypot(*(place - goal)), np.clip(place + 0.1 * action, -1, 1)
+        assert reward == pytest.approx(before - np.hypot(*(place - goal)), abs=1e-5)
     assert history.returns() == pytest.approx(np.add.reduceat(history.reward, range(0, 60, 5))[:-1])
     assert np.abs(history.final).max() <= 1
     again = learn_task(one, spec_of(one.env), 4)
@@ -113,30 +115,49 @@ def history(task: int, steps: int = 30) -> TaskHistory:
     return TaskHistory(columns, columns / 1000, number, np.arange(steps) % 7 == 0, -columns / 1000)
 
 
-@pytest.mark.parametrize("final", [True, False])
-def test_windows_begin_with_episodes_and_go_in_pairs_of_one_task(final):
+def drawn(final: bool, tasks: int = 3, seeds: int = 30) -> Iterator[tuple[Windows, np.ndarray]]:
+    """Batches, and the numbers of their steps within a task, `[windows, 10]`."""
     held = {task: history(task) for task in (3, 5, 8, 9)}
+    for seed in range(seeds):
+        batch = draw_windows(held, tasks, 10, final, np.random.default_rng(seed))
+        number = batch.reward.numpy().astype(int)
+        assert number.shape == (2 * min(tasks, 4), 10)
+        task = number // 100
+        assert (task == task[:, :1]).all()
+        assert (task[::2] == task[1::2]).all()
+        assert len(set(task[:, 0])) == min(tasks, 4)
+        assert (batch.obs[..., 0].numpy() == number).all()
+        assert batch.target.numpy() == pytest.approx((-1 if final else 1) * batch.action.numpy())
+        yield batch, number % 100
+
+
+def test_windows_of_what_was_done_are_stretches_from_the_beginning_of_an_episode():
     starts = set()
-    for seed in range(30):
-        batch = draw_windows(held, 3, 10, final, np.random.default_rng(seed))
-        reward = batch.reward.numpy()
-        assert reward.shape == (6, 10)
-        assert (np.diff(reward, axis=1) == 1).all()
-        tasks = (reward[:, 0] // 100).astype(int)
-        assert (tasks[::2] == tasks[1::2]).all()
-        assert len(set(tasks)) == 3
-        starts |= set((reward[:, 0] % 100).astype(int).tolist())
-        sign = -1 if final else 1
-        assert batch.target.numpy() == pytest.approx(sign * batch.action.numpy())
-        assert (batch.obs[..., 0].numpy() == reward).all()
+    for _, number in drawn(final=False):
+        assert (np.diff(number, axis=1) == 1).all()
+        starts |= set(number[:, 0].tolist())
     assert starts == {0, 7, 14}
-    assert draw_windows(held, 99, 10, final, np.random.default_rng(0)).reward.shape == (8, 10)
+    assert len(list(drawn(final=False, tasks=99, seeds=1))) == 1
+
+
+def test_windows_of_what_was_learned_are_whole_episodes_in_any_order():
+    orders = set()
+    for _, numbers in drawn(final=True):
+        for number in numbers:
+            breaks = np.flatnonzero(np.diff(number) != 1) + 1
+            parts = np.split(number, breaks)
+            assert all(part[0] % 7 == 0 for part in parts)
+            assert all(part[-1] % 7 == 6 or part[-1] == 29 for part in parts[:-1])
+            assert len(set(number.tolist())) == 10
+            orders.add(tuple(int(part[0]) for part in parts))
+    assert len(orders) > 12
+    assert any(first > second for first, second, *_ in (order for order in orders if len(order) > 1))
 
 
 def test_windows_come_from_the_beginning_of_a_history():
     early = {task: history(task).early(0.5) for task in (3, 5)}
-    drawn = [draw_windows(early, 2, 7, True, np.random.default_rng(seed)).reward.numpy() for seed in range(20)]
-    assert set((np.concatenate(drawn)[:, 0] % 100).tolist()) == {0, 7}
+    seen = [draw_windows(early, 2, 7, True, np.random.default_rng(seed)).reward.numpy() for seed in range(20)]
+    assert set((np.concatenate(seen) % 100).ravel().tolist()) == set(range(15))
     assert T2MIRConfig().share == 0.3
     assert T2MIRConfig(target="history").share == 1
     assert T2MIRConfig(early=0.7).share == 0.7
