@@ -54,6 +54,8 @@ def spec_of(config: EnvConfig) -> EnvSpec:
 
 def has_time_limit(config: EnvConfig) -> bool:
     """Whether episodes are cut off after some steps, as far as Gymnasium knows."""
+    if config.id.startswith("dm_control/"):  # they end themselves, which Gymnasium is not told
+        return True
     spec = gymnasium.registry.get(config.id.rsplit(":", 1)[-1])
     return config.max_steps is not None or spec is None or spec.max_episode_steps is not None
 

@@ -123,3 +123,4 @@ def test_environments_without_a_time_limit_are_known(odd):
     assert not has_time_limit(EnvConfig(f"some.module:{NAME}"))
     assert has_time_limit(EnvConfig(NAME, max_steps=5))
     assert has_time_limit(EnvConfig("moecore/Skills-v0"))
+    assert has_time_limit(EnvConfig("dm_control/cartpole-balance-v0"))
