@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 TOLERANCE = 1e-4
 """Largest error allowed, relative to the largest output."""
@@ -50,6 +54,15 @@ class Comparison:
         }
 
 
+def open_session(path: str | Path) -> InferenceSession:
+    """A file in onnxruntime, on the CPU and one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Comparison:
     """Run the file in onnxruntime and the model in PyTorch on the same inputs.
 
@@ -58,11 +71,7 @@ def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Com
         path: the ONNX file.
         batches: real inputs.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     name = session.get_inputs()[0].name
     errors, scales, agree, decisions, count = [], [], 0, 0, 0
     times: dict[str, list[float]] = {"onnx": [], "torch": []}

@@ -12,7 +12,7 @@ import pandas as pd
 from apps.errors import UserError
 from apps.recsys.deploy_inputs import feed
 from apps.recsys.loading import Trained
-from export.verify import TOLERANCE
+from export.verify import TOLERANCE, open_session
 
 TIMED, REPEATS = (1, 256, 500), 9
 """Rows of the calls that are timed, and calls of each."""
@@ -33,11 +33,7 @@ def compare(trained: Trained, path: Path, frame: pd.DataFrame) -> dict[str, floa
     Raises:
         UserError: outputs differ by more than the tolerance, or are no numbers.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     both = [_both(session, trained, rows) for rows in (frame, unfamiliar(trained, frame))]
     both.append(_both(session, trained, unfamiliar(trained, frame), infinite=True))
     ours, expected = (np.concatenate(parts) for parts in zip(*both, strict=True))

@@ -71,9 +71,7 @@ def _learning(config: RLConfig, data: RLData) -> dict[str, Call]:
     def draw() -> Transitions:
         return data.replay.sample(config.collect.batch_size, one.n_step, one.gamma, np.random.default_rng(0))
 
-    batch = draw()
-    parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
-    given = Experience(*map(torch.from_numpy, parts))
+    given = Experience.of(draw())
     calls: dict[str, Call] = {"draw a batch": draw, "update": _update(data.agent, given)}
     if one.actor == "moe":
         calls["update, all experts"] = _update(_all_experts(data.agent), given)

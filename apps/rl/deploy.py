@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from apps.rl.loading import Trained
 from apps.rl.rollout import Policy, evaluation_seeds, run_episodes
 from export.onnx import ExportError
 from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE, compare_onnx
+from export.verify import TOLERANCE, compare_onnx, open_session
 from moecore import __version__
 from moecore.files import atomic_path
 
@@ -39,9 +38,7 @@ class DeployedPolicy(nn.Module):
 
 def onnx_policy(path: str | Path) -> Policy:
     """A policy that runs a file in onnxruntime alone, on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     return lambda obs: session.run(None, {"observation": obs})[0]
 
 

@@ -52,17 +52,13 @@ class RLTask(LightningModule):
             self.latest |= {"return": episode.ret, "length": float(episode.length)}
         std = agent.noise(data.collector.steps)
         with moecore.record(agent.actor) as routings:
-            figures = agent.update(self._tensors(batch), std, self._steppers())
+            figures = agent.update(Experience.of(batch, self.device), std, self._steppers())
         self.recording.extend(routings)
         if agent.perturb_due():
             self._perturb()
         figures |= {"std": std, "dormant": agent.dormant, "agent_steps": float(data.collector.steps)}
         for name, value in (figures | self.latest).items():
             self.log(f"train/{name}", value, prog_bar=name == "return", batch_size=1)
-
-    def _tensors(self, batch: Transitions) -> Experience:
-        parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
-        return Experience(*(torch.from_numpy(part).to(self.device) for part in parts))
 
     def _steppers(self) -> dict[str, Callable[[Tensor], None]]:
         clip = self.config.agent.actor_clip

@@ -22,7 +22,7 @@ from apps.timeseries.models.timemoe import TimeMoE
 from apps.timeseries.models.timemoe_export import CachedStep
 from export.onnx import ExportError
 from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE, compare_onnx
+from export.verify import TOLERANCE, compare_onnx, open_session
 from moecore import __version__
 from moecore.files import atomic_path
 
@@ -146,11 +146,7 @@ def _write_step(
 
 
 def _session(path: Path) -> Step:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     names = [one.name for one in session.get_inputs()]
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:

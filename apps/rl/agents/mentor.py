@@ -24,7 +24,7 @@ import moecore
 from apps.loading import derive_seed
 from apps.rl.agent_settings import AgentConfig, MoEActorConfig
 from apps.rl.agents.networks import Actor, Critic, Encoder, Value, draw_weights
-from apps.rl.spaces import EnvSpec
+from apps.rl.spaces import EnvSpec, Transitions
 from moecore.routing import Routing
 
 PARTS = ("critic", "actor", "value")
@@ -40,6 +40,12 @@ class Experience:
     reward: Float[Tensor, " B"]
     discount: Float[Tensor, " B"]
     next_obs: Shaped[Tensor, "B ..."]
+
+    @classmethod
+    def of(cls, batch: Transitions, device: torch.device | str = "cpu") -> Experience:
+        """On a device."""
+        parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
+        return cls(*(torch.from_numpy(part).to(device) for part in parts))
 
 
 def random_shift(images: Shaped[Tensor, "B C H W"], pad: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from apps.rl.incontext.episodes import Act, Life, live
 from apps.rl.incontext.evaluation import TrainedInContext
 from export.onnx import ExportError
 from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE
+from export.verify import TOLERANCE, open_session
 from moecore import __version__
 from moecore.files import atomic_path
 
@@ -43,9 +42,7 @@ class DeployedInContext(nn.Module):
 
 def onnx_in_context(path: str | Path, context: int) -> Act:
     """What a file does in onnxruntime alone, on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
 
     def act(lives: Sequence[Life]) -> Float[np.ndarray, "B A"]:
         return np.concatenate([session.run(None, _inputs(life, context))[0] for life in lives])

@@ -125,11 +125,11 @@ def learn_task(config: RLConfig, spec: EnvSpec, task: int) -> TaskHistory:
     """Train an agent in one task, as `train` does but without evaluations, and keep all that it did."""
     seed = derive_seed(config.t2mir.history_seed, task) % 2**31
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
-    with torch.random.fork_rng([]):
+    # its own random numbers, whatever was collected before; and what comes after does not depend on what is missing
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng([]):
         torch.manual_seed(seed)
         agent = Mentor(config.agent, spec, seed)
-    optimizers = agent.optimizers()
-    with tempfile.TemporaryDirectory() as folder:
+        optimizers = agent.optimizers()
         data = RLData(config, spec, agent, Path(folder), partial(make_task_env, config.env, task))
         try:
             for update in range(config.collect.updates):
@@ -140,18 +140,19 @@ def learn_task(config: RLConfig, spec: EnvSpec, task: int) -> TaskHistory:
 
 
 def _update(data: RLData, agent: Mentor, optimizers: dict[str, torch.optim.Optimizer], update: int) -> None:
-    batch = data.experience(update)
+    batch, clip = data.experience(update), agent.config.actor_clip
     for episode in data.take_ended():
         agent.remember(episode.ret)
-    parts = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
 
-    def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
+    def step(name: str, loss: Tensor) -> None:
+        optimizers[name].zero_grad()
         loss.backward()
-        optimizer.step()
+        if name == "actor" and clip is not None:
+            torch.nn.utils.clip_grad_norm_(agent.actor.parameters(), clip)
+        optimizers[name].step()
 
-    steps = {name: partial(step, optimizer) for name, optimizer in optimizers.items()}
-    agent.update(Experience(*map(torch.from_numpy, parts)), agent.noise(data.collector.steps), steps)
+    steps = {name: partial(step, name) for name in optimizers}
+    agent.update(Experience.of(batch), agent.noise(data.collector.steps), steps)
     if agent.perturb_due():
         agent.perturb()
         for optimizer in optimizers.values():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from apps import tree
 from apps.cli import make_parser
@@ -48,6 +49,22 @@ def test_a_history_is_everything_an_agent_did_in_its_task(config):
     assert np.abs(history.final).max() <= 1
     again = learn_task(one, spec_of(one.env), 4)
     assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(history).items())
+
+
+def test_a_history_has_random_numbers_of_its_own(config):
+    one = config(agent__actor="moe")  # dropout in its gate
+    torch.manual_seed(1)
+    first = learn_task(one, spec_of(one.env), 0)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), after)  # none of the caller's were taken
+    assert np.array_equal(learn_task(one, spec_of(one.env), 0).final, first.final)
+
+
+def test_the_actors_gradient_is_clipped_as_in_training(config):
+    one, other = config(), config(agent__actor_clip=1e-9)
+    free, held = (learn_task(c, spec_of(c.env), 0) for c in (one, other))
+    assert not np.array_equal(free.final, held.final)
 
 
 def test_only_missing_histories_are_collected_and_a_broken_one_is_named(config, capsys):
