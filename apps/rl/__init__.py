@@ -6,7 +6,7 @@ from apps.rl.settings import RLConfig, idle
 
 APP = App(
     name="rl",
-    title="Reinforcement learning from pixels with experts in the actor: MENTOR on any Gymnasium environment.",
+    title="Reinforcement learning with experts on any Gymnasium environment: MENTOR from pixels, T2MIR in context.",
     config=RLConfig,
     arguments=ARGUMENTS,
     unused=idle,
