@@ -68,7 +68,7 @@ def _merged(defaults: dict[str, Any], values: Mapping[str, Any], prefix: str) ->
 
 def is_value(name: str) -> bool:
     """Whether a dictionary by this name is a value as a whole rather than a section of settings."""
-    return name.endswith(("_options", "aux_loss", "corpora", "kwargs"))
+    return name.endswith(("_options", "aux_loss", "corpora", "kwargs", "weights"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from apps.settings import OptimConfig, RunConfig, TrainerConfig
+from apps.vision.multitask.settings import M3ViTConfig, ScenesConfig, TasksConfig
 from moecore.config import MoEConfig
 from moecore.errors import require
+
+Dataset = Literal["digits", "cifar10", "cifar100", "folder", "scenes", "nyud", "pascal_context", "cityscapes"]
 
 
 @dataclass
 class ModelConfig:
     """A vision transformer and the MoE layers in it."""
 
+    name: Literal["vimoe", "m3vit"] = "vimoe"
+    """vimoe classifies images; m3vit solves several tasks at once on images that have maps for labels."""
     backbone: str = "vit_micro"
     """vit_micro, vit_mini, vit_midi (ours, for small images), or any timm ViT, e.g. deit_small_patch16_224."""
     pretrained: str | None = None
@@ -45,19 +50,24 @@ class ModelConfig:
     """One router for all MoE layers."""
     moe: MoEConfig = field(default_factory=lambda: MoEConfig(num_experts=8, top_k=2))
     """The MoE layers."""
+    m3vit: M3ViTConfig = field(default_factory=M3ViTConfig)
+    """What is M³ViT's alone."""
 
 
 @dataclass
 class DataConfig:
     """Images and what is done to them."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
-    """digits comes with scikit-learn; cifar10 and cifar100 are downloaded, unless `root` has them; folder is yours."""
+    dataset: Dataset = "digits"
+    """digits comes with scikit-learn; cifar10 and cifar100 are downloaded, unless `root` has them; folder is yours. For
+    model.name=m3vit: scenes are generated; nyud, pascal_context and cityscapes are read from `root`."""
     root: str | None = None
     """Folder or archive (.tar, .tar.gz, .zip) of images: [train/ val/ test/]<class>/<image>. For CIFAR also where to
-    download to (default: data/)."""
+    download to (default: data/). For several tasks the folder of images and of a folder of labels per task."""
     image_size: int | None = None
-    """Side in pixels; null: that of the images if small and equal, else 224."""
+    """Side in pixels; null: that of the images if small and equal, else 224. With several tasks the height."""
+    image_width: int | None = None
+    """Width in pixels with several tasks; null: as the data set has it."""
     val_fraction: float = 0.1
     """Share of the training images kept for validation where the data has no val/ of its own."""
     test_fraction: float = 0.2
@@ -86,13 +96,32 @@ class DataConfig:
     """Beta parameter of mixup; 0: none."""
     cutmix: float = 0.0
     """Beta parameter of cutmix; 0: none. With both, each batch takes one of them."""
+    zoom: tuple[float, float] = (1.0, 1.5)
+    """With several tasks: range of random enlargements, of which an equally large part is cut out."""
+    jitter: float = 0.2
+    """With several tasks: largest random change of brightness, contrast and saturation, as a share."""
+    balance_tasks: bool = False
+    """With several tasks: draw training images so that every task's labels are seen equally often."""
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    """Of the generated scenes."""
+
+    @property
+    def several_tasks(self) -> bool:
+        """Whether the data set has maps for labels, of several tasks."""
+        return self.dataset in ("scenes", "nyud", "pascal_context", "cityscapes")
 
     def __post_init__(self) -> None:
-        require(self.dataset != "folder" or self.root is not None, "root", self.root, "give the folder of images")
-        unused = self.dataset == "digits" and self.root is not None
-        require(not unused, "root", self.root, "dataset=digits has its own images; to read these set dataset=folder")
-        size = self.image_size
-        require(size is None or size >= 4, "image_size", size, "must be at least 4")
+        if self.dataset in ("folder", "nyud", "pascal_context", "cityscapes"):
+            require(self.root is not None, "root", self.root, "give the folder of images")
+        unused = self.dataset in ("digits", "scenes") and self.root is not None
+        remedy = f"dataset={self.dataset} has its own images; to read these set dataset=folder"
+        require(not unused, "root", self.root, remedy)
+        for name in ("image_size", "image_width"):
+            size = getattr(self, name)
+            require(size is None or size >= 4, name, size, "must be at least 4")
+        low, high = self.zoom
+        require(1 <= low <= high, "zoom", self.zoom, "is a range that starts at 1 or above")
+        require(0 <= self.jitter < 1, "jitter", self.jitter, "must lie in [0, 1)")
         for name in ("val_fraction", "test_fraction"):
             share = getattr(self, name)
             require(0 < share < 0.9, name, share, "must lie between 0 and 0.9")
@@ -111,6 +140,8 @@ class VisionConfig:
     """Model."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    """Tasks of M³ViT."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -122,3 +153,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        name, several = self.model.name, self.data.several_tasks
+        remedy = "needs data.dataset scenes, nyud, pascal_context or cityscapes"
+        require(name == "vimoe" or several, "model.name", name, remedy)
+        require(name == "m3vit" or not several, "data.dataset", self.data.dataset, "needs model.name=m3vit")

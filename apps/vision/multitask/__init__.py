@@ -1,0 +1,1 @@
+"""Several tasks on one backbone: M³ViT and its data, training, measures and reports."""
