@@ -51,6 +51,14 @@ def format_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def short(value: float) -> str:
+    """Three digits and a letter: 12.3 k, 4.56 M, 7.89 G."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {suffix}"
+    return f"{value:.3g}"
+
+
 def write_json(path: str | Path | None, figures: Any) -> None:
     """Write figures as JSON, if a path is given; NaN becomes null."""
     if path is not None:

@@ -1,10 +1,12 @@
-"""CPU time of calls that take turns."""
+"""CPU time: of calls that take turns, and a clock for devices."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, count: int) -> dict[str, list[float]]:
@@ -18,3 +20,11 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, count: int)
                 if number:
                     spent[name].append(time.process_time() - started)
     return spent
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: CPU time on a CPU; on a GPU wall time, once all that was asked of it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()

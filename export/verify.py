@@ -63,37 +63,43 @@ def open_session(path: str | Path) -> InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Comparison:
+def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor], axis: int = -1) -> Comparison:
     """Run the file in onnxruntime and the model in PyTorch on the same inputs.
 
     Args:
-        model: on the CPU, in eval mode.
+        model: on the CPU, in eval mode; gives a tensor, or a tuple of as many as the file has outputs.
         path: the ONNX file.
         batches: real inputs.
+        axis: of every output, over which the largest value decides; outputs of length 1 there decide nothing.
     """
     session = open_session(path)
     name = session.get_inputs()[0].name
-    errors, scales, agree, decisions, count = [], [], 0, 0, 0
+    outputs = len(session.get_outputs())
+    errors, scales = np.zeros(outputs), np.full(outputs, 1e-12)
+    agree, decisions, count = 0, 0, 0
     times: dict[str, list[float]] = {"onnx": [], "torch": []}
     for batch in batches:
         started = time.process_time()
-        ours = session.run(None, {name: batch.numpy()})[0]
+        ours = session.run(None, {name: batch.numpy()})
         times["onnx"].append(time.process_time() - started)
         started = time.process_time()
         with torch.no_grad():
-            expected = model(batch).numpy()
+            expected = model(batch)
         times["torch"].append(time.process_time() - started)
-        errors.append(float(np.abs(ours - expected).max()))
-        scales.append(float(np.abs(expected).max()))
-        same = ours.argmax(-1) == expected.argmax(-1)
-        agree, decisions = agree + int(same.sum()), decisions + same.size
+        expected = [each.numpy() for each in ((expected,) if isinstance(expected, Tensor) else expected)]
+        # of numpy, whose maximum lets NaN win
+        errors = np.maximum(errors, [np.abs(a - b).max() for a, b in zip(ours, expected, strict=True)])
+        scales = np.maximum(scales, [np.abs(each).max() for each in expected])
+        for a, b in zip(ours, expected, strict=True):
+            if b.shape[axis] > 1:
+                same = a.argmax(axis) == b.argmax(axis)
+                agree, decisions = agree + int(same.sum()), decisions + same.size
         count += len(batch)
-    worst = float(np.max(errors))  # of numpy, which lets NaN win
     return Comparison(
         count,
-        worst,
-        worst / max(*scales, 1e-12),
-        agree / decisions,
+        float(errors.max()),
+        float((errors / scales).max()),
+        agree / decisions if decisions else 1.0,
         1e3 * float(np.median(times["onnx"])),
         1e3 * float(np.median(times["torch"])),
         path.stat().st_size,

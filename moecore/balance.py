@@ -88,6 +88,28 @@ def mutual_information_loss(routing: Routing) -> Scalar:
     return entropy(probs).mean() - entropy(probs.mean(0))
 
 
+def task_information_loss(routings: Iterable[Routing]) -> Scalar:
+    """Minus the mutual information of task and expert, mean over layers: each task few experts, all tasks together all.
+
+    Mod-Squad, arXiv 2212.08066, equation 5: P(E | task) is the mean router probability over the task's tokens, and all
+    tasks are equally likely. Balance losses of single tasks, which want each to use all experts, work against it.
+
+    Args:
+        routings: of one forward pass per task, as `moecore.record` collects them over all; layers are told by name.
+
+    Returns:
+        A scalar between minus log E and 0; zero (without gradient) when nothing was recorded.
+    """
+    layers: dict[str, list[Tensor]] = {}
+    for routing in routings:
+        if routing.scores.shape[0]:
+            layers.setdefault(routing.name, []).append(routing.probs.mean(0))
+    if not layers:
+        return torch.zeros(())
+    tasks = [torch.stack(probs) for probs in layers.values()]  # [tasks, E] each
+    return torch.stack([entropy(probs).mean() - entropy(probs.mean(0)) for probs in tasks]).mean()
+
+
 def entropy(probs: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
     """Entropy in nats over the last dimension."""
     return -torch.special.xlogy(probs, probs.clamp(min=1e-20)).sum(-1)

@@ -108,12 +108,14 @@ class MoE(nn.Module):
         units, lead = self._units(x)  # [T, D] or [T, L, D]
         seen = units if units.dim() == 2 else POOLS[self.pool](units)  # [T, R]
         context = context or current_context()
-        routing = self.router(seen, None if context is None else context.per_token(lead))
+        context = None if context is None else context.per_token(lead)
+        routing = self.router(seen, context)
         y = execute(units, self.experts, routing.assignment, routing.weights, self.executor)
         if self.shared is not None:
             y = self.shared(units, onto=y)  # in place: y is fresh, and nothing before it needs it for backward
         if self._recorder is not None:
-            self._recorder(replace(routing, lead=lead, aux_loss=self.aux_loss))
+            task = None if context is None else context.task
+            self._recorder(replace(routing, lead=lead, aux_loss=self.aux_loss, task=task))
         return self._tokens(y, x)
 
     def _units(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

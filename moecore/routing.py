@@ -121,6 +121,8 @@ class Routing:
     """The layer's own mix of balance losses, name -> coefficient."""
     controller: nn.Module | None = None
     """The balance controller of the layer's router, if it has one."""
+    task: int | Tensor | None = None
+    """The task it was decided for, as the context named it: for all tokens, or for each."""
 
     @property
     def probs(self) -> Float[Tensor, "T E"]:

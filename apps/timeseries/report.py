@@ -11,6 +11,7 @@ import numpy as np
 import moecore
 from apps import figures
 from apps.curves import read_curves
+from apps.output import short
 from apps.report import Page
 from apps.runs import run_folder
 from apps.timeseries import pictures
@@ -84,10 +85,10 @@ def _key_figures(evaluation: Evaluation, first: Horizon, cost: moecore.Cost) -> 
         found["normalised CRPS"] = _number(overall["crps"])
         found["of the truth inside the 80% interval"] = f"{overall['coverage_80']:.0%}"
     return found | {
-        "parameters held": _short(cost.total_params),
-        "parameters a token uses": _short(cost.active_params),
-        "multiply-adds per forecast": _short(cost.macs),
-        "windows per second": _short(evaluation.windows_per_second),
+        "parameters held": short(cost.total_params),
+        "parameters a token uses": short(cost.active_params),
+        "multiply-adds per forecast": short(cost.macs),
+        "windows per second": short(evaluation.windows_per_second),
     }
 
 
@@ -101,13 +102,6 @@ def _steps(horizon: int) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "n/a"
-
-
-def _short(value: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {suffix}"
-    return f"{value:.3g}"
 
 
 def _accuracy(page: Page, evaluation: Evaluation, first: Horizon) -> None:

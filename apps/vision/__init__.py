@@ -1,11 +1,14 @@
-"""Image classification with ViMoE: vision transformers whose FFNs are Mixtures of Experts."""
+"""Images: classification with ViMoE, and several tasks at once with M³ViT."""
 
 from apps.cli import App
-from apps.vision.settings import VisionConfig
+from apps.vision.arguments import ARGUMENTS
+from apps.vision.settings import VisionConfig, idle
 
 APP = App(
     name="vision",
-    title="ViMoE: train, inspect, search and ship Mixture-of-Experts image classifiers.",
+    title="ViMoE and M³ViT: train, inspect, search and ship Mixture-of-Experts models of images.",
     config=VisionConfig,
-    unused=lambda config: {"model.moe.": "give --model.moe_layers"} if config.model.moe_layers == "none" else {},
+    arguments=ARGUMENTS,
+    unused=idle,
 )
+"""`python -m apps.vision`."""

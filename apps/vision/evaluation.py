@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from torchmetrics.functional.classification import (
 
 import moecore
 from apps.progress import track
+from apps.timing import clock
 from apps.vision.models.vimoe import ViMoE
 
 
@@ -92,10 +92,10 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True) -> Evaluation
     maps: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
     for images, target in track(batches, "evaluating", progress):
-        started = _clock(device)
+        started = clock(device)
         with moecore.record(model) as recording:
             out = model(images.to(device))
-        seconds += _clock(device) - started
+        seconds += clock(device) - started
         scores.append(out.float().cpu())
         labels.append(target)
         stats.update(recording)
@@ -110,10 +110,3 @@ def evaluate(model: ViMoE, batches: object, progress: bool = True) -> Evaluation
         sum(map(len, labels)) / max(seconds, 1e-9),
         {name: torch.cat(parts) for name, parts in maps.items()},
     )
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()

@@ -29,7 +29,7 @@ def predict_images(model: ViMoE, source: Path, config: DataConfig, top: int = 3)
     Returns:
         Rows, and how many images were skipped.
     """
-    files = _files(source)
+    files = image_files(source)
     rows: list[dict[str, Any]] = []
     skipped = 0
     chunks = [files[i : i + config.batch_size] for i in range(0, len(files), config.batch_size)]
@@ -49,7 +49,12 @@ def predict_images(model: ViMoE, source: Path, config: DataConfig, top: int = 3)
     return rows, skipped
 
 
-def _files(source: Path) -> list[Path]:
+def image_files(source: Path) -> list[Path]:
+    """An image, or all images in a folder and its subfolders, in order.
+
+    Raises:
+        UserError: if there is none.
+    """
     if source.is_file():
         return [source]
     if not source.exists():

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import moecore
 from apps import figures
 from apps.curves import read_curves
+from apps.output import short
 from apps.report import Page
 from apps.runs import run_folder
 from apps.vision import pictures
 from apps.vision.data import Images, VisionData
 from apps.vision.evaluation import Evaluation
 from apps.vision.loading import Trained
+from apps.vision.report_parts import expert_load, learning_curves, name_of
 
 LEAST, SHARE_OF_BEST = 0.01, 0.5
 """A layer is worth keeping as MoE when its experts give away so much more of the class than chance, and at least this
 share of what those of the best layer do."""
+PANELS = {
+    "loss": {"train": "train/loss", "validation": "val/loss", "balance loss": "train/balance_loss"},
+    "accuracy": {"train (augmented)": "train/accuracy", "validation": "val/accuracy"},
+    "learning rate": {"learning rate": "train/lr"},
+}
+"""Learning curves."""
 
 
 def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, path: Path) -> Path:
@@ -40,62 +47,28 @@ def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, pat
         subtitle=f"{trained.path}, {len(evaluation.labels):,} test images, {len(data.spec.classes)} classes",
         key_figures={
             "test accuracy": f"{scalars['accuracy']:.2%}",
-            "parameters held": _short(cost.total_params),
-            "parameters a token uses": _short(cost.active_params),
-            "multiply-adds per image": _short(cost.macs),
-            "if every expert ran": _short(cost.all_experts_macs),
-            "images per second": _short(scalars["images_per_second"]),
+            "parameters held": short(cost.total_params),
+            "parameters a token uses": short(cost.active_params),
+            "multiply-adds per image": short(cost.macs),
+            "if every expert ran": short(cost.all_experts_macs),
+            "images per second": short(scalars["images_per_second"]),
         },
     )
-    _learning(page, curves)
+    learning_curves(page, curves, PANELS)
     if evaluation.routing:
         _specialisation(page, evaluation)
         _classes(page, evaluation, data)
         _samples(page, trained, evaluation, data.images("test").readable())
-        _load(page, evaluation, curves)
+        expert_load(page, evaluation.routing, curves)
     _errors(page, evaluation, data)
     _figures(page, {k: v for k, v in scalars.items() if "/" not in k} | cost.scalars())
     return page.write(path)
 
 
-def _short(value: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {suffix}"
-    return f"{value:.3g}"
-
-
-def _name(layer: str) -> str:
-    """`backbone.blocks.3.mlp` as `block 3`."""
-    number = [part for part in layer.split(".") if part.isdigit()]
-    return f"block {number[-1]}" if number else layer
-
-
-def _learning(page: Page, curves: list[dict[str, float]]) -> None:
-    def line(metric: str):
-        points = [(row["step"], row[metric]) for row in curves if metric in row]
-        return tuple(zip(*points, strict=True)) if points else None
-
-    wanted = {
-        "loss": {"train": "train/loss", "validation": "val/loss", "balance loss": "train/balance_loss"},
-        "accuracy": {"train (augmented)": "train/accuracy", "validation": "val/accuracy"},
-        "learning rate": {"learning rate": "train/lr"},
-    }
-    panels = {title: {n: line(m) for n, m in names.items() if line(m)} for title, names in wanted.items()}
-    panels = {title: lines for title, lines in panels.items() if lines}
-    section = page.section("Learning curves")
-    if panels:
-        section.figure(
-            figures.curves(panels), "Training is logged per step with augmented images, validation per epoch."
-        )
-    else:
-        section.text("No curves: metrics.csv is not beside the checkpoint.")
-
-
 def _specialisation(page: Page, evaluation: Evaluation) -> None:
     layers = list(evaluation.routing)
-    value = {_name(layer): evaluation.specialisation(layer) for layer in layers}
-    chance = {_name(layer): evaluation.chance(layer) for layer in layers}
+    value = {name_of(layer): evaluation.specialisation(layer) for layer in layers}
+    chance = {name_of(layer): evaluation.chance(layer) for layer in layers}
     section = page.section("Which layers specialise")
     section.text(
         "Specialisation is the mutual information between an image's class and the experts its tokens go to, as a "
@@ -110,7 +83,7 @@ def _specialisation(page: Page, evaluation: Evaluation) -> None:
     rows = []
     best = max(value[name] - chance[name] for name in value)
     for layer in layers:
-        name, metrics = _name(layer), evaluation.routing[layer]
+        name, metrics = name_of(layer), evaluation.routing[layer]
         keep = value[name] - chance[name] >= max(LEAST, SHARE_OF_BEST * best)
         rows.append(
             {
@@ -132,7 +105,7 @@ def _classes(page: Page, evaluation: Evaluation, data: VisionData) -> None:
     maps = {}
     for layer in evaluation.routing:
         counts = evaluation.label_counts(layer).double()
-        maps[_name(layer)] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+        maps[name_of(layer)] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     page.section("Classes and experts").figure(
         figures.heatmaps(maps, data.spec.classes, "class", "expert"),
         "Each row shows to which experts the tokens of one class go; equal rows mean that routing ignores the class.",
@@ -147,35 +120,13 @@ def _samples(page: Page, trained: Trained, evaluation: Evaluation, images: Image
     )
     for layer in evaluation.routing:
         grid = pictures.samples_per_expert(trained.model, images, evaluation, layer)
-        section.figure(grid, f"{_name(layer)}: one row per expert, numbered as in the other figures.", photo=True)
+        section.figure(grid, f"{name_of(layer)}: one row per expert, numbered as in the other figures.", photo=True)
     if any(pictures.shows_patches(trained.model, evaluation, layer) for layer in evaluation.routing):
         section.figure(
-            pictures.token_maps(trained.model, images, evaluation, {k: _name(k) for k in evaluation.routing}),
+            pictures.token_maps(trained.model, images, evaluation, {k: name_of(k) for k in evaluation.routing}),
             "Which expert takes which patch, per layer; colours are experts, as in the load figure.",
             photo=True,
         )
-
-
-def _load(page: Page, evaluation: Evaluation, curves: list[dict[str, float]]) -> None:
-    section = page.section("Expert load")
-    layers = {}
-    for layer, metrics in evaluation.routing.items():
-        names = [f"load/{layer.removeprefix('model.')}/{e}" for e in range(len(metrics.load))]
-        rows = [row for row in curves if names[0] in row]
-        if rows:
-            shares = np.array([[row.get(name, 0.0) for name in names] for row in rows])
-            layers[_name(layer)] = ([row["step"] for row in rows], shares)
-    if layers:
-        section.figure(
-            figures.load_over_time(layers), "Share of training tokens per expert, over the steps of training."
-        )
-    rows = [
-        {"layer": _name(layer)} | {f"expert {e}": round(share, 3) for e, share in enumerate(metrics.load)}
-        for layer, metrics in evaluation.routing.items()
-        if len(metrics.load) <= 16
-    ]
-    if len({len(row) for row in rows}) == 1:
-        section.text("On the test images:").table(rows)
 
 
 def _errors(page: Page, evaluation: Evaluation, data: VisionData) -> None:

@@ -157,3 +157,13 @@ class VisionConfig:
         remedy = "needs data.dataset scenes, nyud, pascal_context or cityscapes"
         require(name == "vimoe" or several, "model.name", name, remedy)
         require(name == "m3vit" or not several, "data.dataset", self.data.dataset, "needs model.name=m3vit")
+
+
+def idle(config: VisionConfig) -> dict[str, str]:
+    """Prefixes of settings that do nothing beside the others, with what would change that."""
+    unused = {"model.moe.": "give --model.moe_layers"} if config.model.moe_layers == "none" else {}
+    if config.model.name == "m3vit":
+        of_classes = ("label_smoothing", "data.flip", "data.crop_", "data.rand_augment", "data.random_erasing")
+        return unused | dict.fromkeys((*of_classes, "data.mixup", "data.cutmix"), "give --model.name vimoe")
+    of_tasks = ("tasks.", "model.m3vit.", "data.scenes.", "data.image_width", "data.zoom", "data.jitter")
+    return unused | dict.fromkeys((*of_tasks, "data.balance_tasks"), "give --model.name m3vit")

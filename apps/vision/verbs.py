@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from apps import output, training
 from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
-from apps.verbs import Benchmark, Evaluate, Export, Predict, Report, Search, Train
+from apps.verbs import Benchmark, Search, Train
+from apps.vision.arguments import Evaluate, Export, Predict, Report
 from apps.vision.data import VisionData
 from apps.vision.evaluation import Evaluation
 from apps.vision.evaluation import evaluate as measure
 from apps.vision.loading import Trained, load_trained
 from apps.vision.settings import VisionConfig
 from apps.vision.task import ViMoETask
+from moecore.errors import require
+
+Verb = Callable[[VisionConfig, Any, str | None], None]
 
 
+def _by_model(verb: Verb) -> Verb:
+    """A verb of the classifier's, or with `model.name=m3vit` the one of the same name for several tasks."""
+
+    @functools.wraps(verb)
+    def chosen(config: VisionConfig, args: Any, source: str | None) -> None:
+        if config.model.name == "m3vit":
+            from apps.vision.multitask import verbs
+
+            getattr(verbs, verb.__name__)(config, args, source)
+        else:
+            verb(config, args, source)
+
+    return chosen
+
+
+@_by_model
 def train(config: VisionConfig, args: Train, source: str | None) -> None:
     """Train, test the best checkpoint, write the report."""
     training.prepare_process(config.run)
@@ -58,8 +81,10 @@ def _figures(trained: Trained, evaluation: Evaluation, data: VisionData) -> dict
     return figures | {"skipped_images": data.skipped} if data.skipped else figures
 
 
+@_by_model
 def evaluate(config: VisionConfig, args: Evaluate, source: str | None) -> None:
     """Measure on the test images of the configured data."""
+    require(not args.conflict, "conflict", True, "a classifier has one task; give a run of model.name=m3vit")
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
@@ -69,23 +94,28 @@ def evaluate(config: VisionConfig, args: Evaluate, source: str | None) -> None:
     output.show(f"test: {trained.path}", figures)
 
 
+@_by_model
 def predict(config: VisionConfig, args: Predict, source: str | None) -> None:
     """Classify a file or a folder of images."""
     from apps.vision.prediction import predict_images
 
+    target = args.output or "predictions.csv"
+    require(target.endswith((".csv", ".json")), "output", target, "must end in .csv or .json")
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     rows, skipped = predict_images(trained.model, Path(args.input), config.data)
-    path = output.write_rows(args.output, rows)
+    path = output.write_rows(target, rows)
     if len(rows) == 1:
         output.show(rows[0]["file"], {name: value for name, value in rows[0].items() if name != "file"})
     print(f"{len(rows)} prediction(s): {path}" + (f" ({skipped} unreadable images skipped)" if skipped else ""))
 
 
+@_by_model
 def report(config: VisionConfig, args: Report, source: str | None) -> None:
     """Write the report of a trained model."""
     from apps.vision.report import write_report
 
+    require(args.beside is None, "beside", args.beside, "compares tasks; give a run of model.name=m3vit")
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
@@ -94,10 +124,12 @@ def report(config: VisionConfig, args: Report, source: str | None) -> None:
     print(f"report: {write_report(trained, evaluation, data, target)}")
 
 
+@_by_model
 def export(config: VisionConfig, args: Export, source: str | None) -> None:
     """Write an ONNX file, compared with PyTorch on test images."""
     from apps.vision.deploy import export_onnx
 
+    require(args.task is None, "task", args.task, "a classifier has one task; give a run of model.name=m3vit")
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
@@ -107,6 +139,7 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
     output.show(f"exported: {target}", figures)
 
 
+@_by_model
 def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None:
     """Time the model beside its dense twin."""
     from apps.vision.benchmark import run_benchmark
@@ -118,6 +151,7 @@ def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None
     output.write_json(args.json, rows)
 
 
+@_by_model
 def search(config: VisionConfig, args: Search, source: str | None) -> None:
     """Search hyperparameters."""
     from apps.search import run_search

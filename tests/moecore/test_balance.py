@@ -251,3 +251,20 @@ def test_unknown_loss_is_refused():
     with pytest.raises(moecore.ConfigError, match=r"^aux_loss\.switch=-0.1: must not be negative"):
         moecore.MoEConfig(aux_loss={"switch": -0.1})
     assert moecore.MoEConfig(aux_loss={"entropy": -0.1}).aux_loss == {"entropy": -0.1}  # to keep decisions open
+
+
+def test_task_information_is_minus_the_mutual_information_of_task_and_expert():
+    """By hand: probabilities of two tasks over three experts, in two layers."""
+    tables = {"a": [[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]], "b": [[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]}
+    routings = [
+        routing_of(torch.tensor(probs).log().expand(4, 3), name=layer)
+        for layer, rows in tables.items()
+        for probs in rows
+    ]
+
+    def h(probs):
+        return -(torch.tensor(probs) * torch.tensor(probs).log()).sum()
+
+    expected = [h([0.7, 0.2, 0.1]) - h([0.4, 0.2, 0.4]), 0.0]
+    assert float(moecore.task_information_loss(routings)) == pytest.approx(float(sum(expected) / 2), abs=1e-6)
+    assert float(moecore.task_information_loss([])) == 0.0

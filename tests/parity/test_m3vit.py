@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import moecore
-from apps.vision.models.m3vit import block_outputs, load_published, m3vit_backbone, m3vit_moe, to_published
+from apps.vision.models.m3vit import block_outputs, m3vit_backbone, m3vit_moe
+from apps.vision.models.m3vit_weights import load_published, to_published
 
 TASKS, DEPTH = 2, 4
 TOLERANCE = 1e-5

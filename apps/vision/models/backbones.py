@@ -12,9 +12,11 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+import moecore
 from apps.errors import ConfigError, UserError
 from apps.runs import load_plain
 from apps.vision.settings import ModelConfig
+from moecore.config import MoEConfig
 from moecore.errors import require
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -25,6 +27,16 @@ SMALL: dict[str, dict[str, Any]] = {
 """Sizes of ours, for small images: a convolutional stem, global average pooling, a patch size that suits the image."""
 
 
+SETTINGS = {
+    "layers": "model.moe_layers",
+    "schedule": "model.experts_schedule",
+    "experts": "model.experts_schedule",
+    "share_router": "model.share_router",
+    "model": "model.backbone",
+}
+"""Settings by the names that moecore gives what they set; all others are those of `model.moe`."""
+
+
 class ConvStem(nn.Module):
     """Patches by a few 3x3 convolutions instead of one large one: trains in far fewer images.
 
@@ -32,13 +44,15 @@ class ConvStem(nn.Module):
     image is halved, up to the width of the tokens.
 
     Args:
-        img_size: side of the square image.
+        img_size: height and width, or the side of a square.
         patch_size: a power of two; the stem halves the image that often.
         in_chans: input channels.
         embed_dim: D.
     """
 
-    def __init__(self, img_size: int, patch_size: int, in_chans: int = 3, embed_dim: int = 128, **_: Any) -> None:
+    def __init__(
+        self, img_size: int | tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 128, **_: Any
+    ) -> None:
         super().__init__()
         halvings = _halvings(patch_size)
         require(halvings > 0, "model.patch_size", patch_size, "must be 2, 4, 8, ... for a conv stem; or use stem=patch")
@@ -51,8 +65,8 @@ class ConvStem(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
             before = width
         self.net = nn.Sequential(*layers, nn.Conv2d(before, embed_dim, 1))
-        self.patch_size, self.img_size = (patch_size, patch_size), (img_size, img_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.patch_size, self.img_size = (patch_size, patch_size), _pair(img_size)
+        self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
@@ -60,8 +74,10 @@ class ConvStem(nn.Module):
         return self.net(x).flatten(2).transpose(1, 2)
 
 
-def make_backbone(config: ModelConfig, channels: int, image_size: int, num_classes: int) -> VisionTransformer:
-    """A ViT for these images, without MoE.
+def make_backbone(
+    config: ModelConfig, channels: int, image_size: int | tuple[int, int], num_classes: int
+) -> VisionTransformer:
+    """A ViT for these images (a side, or height and width), without MoE.
 
     Raises:
         ConfigError: for a name that is no ViT, or sizes that do not fit.
@@ -84,6 +100,34 @@ def make_backbone(config: ModelConfig, channels: int, image_size: int, num_class
     return _timm_vit(config, options, common)
 
 
+def put_moe_layers(backbone: nn.Module, config: ModelConfig, moe: MoEConfig) -> list[str]:
+    """Replace the FFNs that are to be MoE; returns their names.
+
+    Args:
+        backbone: is changed.
+        config: says which, and how experts start.
+        moe: what to put there.
+
+    Raises:
+        ConfigError: for settings that do not fit the backbone or each other.
+    """
+    try:
+        count = len(moecore.place(config.moe_layers, len(moecore.find_ffns(backbone))))
+        if not count:
+            return []
+        return moecore.replace_ffn(
+            backbone,
+            config.moe_layers,
+            moe,
+            init=config.moe_init,
+            experts=moecore.schedule(config.experts_schedule, count, moe.top_k, moe.num_experts),
+            share_router=config.share_router,
+        )
+    except ConfigError as error:  # names it as moecore knows it; here it is a setting
+        name = SETTINGS.get(error.field, f"model.moe.{error.field}")
+        raise ConfigError(name, error.value, error.remedy) from None
+
+
 def _timm_vit(config: ModelConfig, options: dict[str, Any], common: dict[str, Any]) -> VisionTransformer:
     name = config.backbone
     if name.split(".")[0] not in timm.list_models():
@@ -102,16 +146,22 @@ def _timm_vit(config: ModelConfig, options: dict[str, Any], common: dict[str, An
     return model
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _halvings(patch_size: int) -> int:
     """How often a power of two halves; 0 for any other number."""
     power = patch_size >= 2 and patch_size & (patch_size - 1) == 0
     return patch_size.bit_length() - 1 if power else 0
 
 
-def fitting_patch(image_size: int) -> int:
+def fitting_patch(image_size: int | tuple[int, int]) -> int:
     """A patch size that divides the image: about 4x4 patches for tiny images, 8x8 for small ones, else 16x16."""
-    wanted = image_size / (4 if image_size <= 16 else 8 if image_size <= 64 else 16)
-    divisors = [p for p in range(1, image_size // 2 + 1) if image_size % p == 0]
+    height, width = _pair(image_size)
+    side = min(height, width)
+    wanted = side / (4 if side <= 16 else 8 if side <= 64 else 16)
+    divisors = [p for p in range(1, side // 2 + 1) if height % p == width % p == 0]
     # The nearest by ratio; of equals the power of two, which a convolutional stem can make.
     return min(divisors, key=lambda p: (abs(math.log2(p / wanted)) - 0.5 * (_halvings(p) > 0), p))
 
@@ -124,11 +174,13 @@ def _check_numbers(config: ModelConfig) -> None:
         require(0 <= getattr(config, name) < 1, f"model.{name}", getattr(config, name), "must lie in [0, 1)")
 
 
-def _check_sizes(sizes: dict[str, Any], image_size: int) -> None:
+def _check_sizes(sizes: dict[str, Any], image_size: int | tuple[int, int]) -> None:
     width, heads, patch = sizes["embed_dim"], sizes["num_heads"], sizes["patch_size"]
     require(width % heads == 0, "model.num_heads", heads, f"must divide embed_dim={width}")
-    fits = 1 <= patch <= image_size and image_size % patch == 0
-    require(fits, "model.patch_size", patch, f"must divide the image size {image_size}")
+    height, width = _pair(image_size)
+    fits = 1 <= patch <= min(height, width) and height % patch == width % patch == 0
+    named = height if height == width else f"{height} x {width}"
+    require(fits, "model.patch_size", patch, f"must divide the image size {named}")
 
 
 def _load_pretrained(model: VisionTransformer, config: ModelConfig, channels: int) -> None:
@@ -138,7 +190,7 @@ def _load_pretrained(model: VisionTransformer, config: ModelConfig, channels: in
     path = Path(config.pretrained)
     if not path.is_file():
         raise UserError(f"model.pretrained={path}: no such file (`timm` downloads the backbone's weights)")
-    state = _read_state(path)
+    state = read_state(path)
     projection = state.get("patch_embed.proj.weight")
     if projection is not None and projection.shape[1] == 3 != channels:
         state["patch_embed.proj.weight"] = adapt_input_conv(channels, projection)
@@ -154,7 +206,7 @@ def _load_pretrained(model: VisionTransformer, config: ModelConfig, channels: in
     model.load_state_dict(fitting, strict=False)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or a torch file, without executing anything."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError

@@ -1,25 +1,33 @@
-"""M³ViT's backbone: a vision transformer for several tasks, whose odd blocks are MoE layers gated by task.
+"""M³ViT: a vision transformer for several tasks, whose MoE layers are gated by task.
 
-Fan et al., "M³ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning", arXiv 2210.14793. Here is
-the encoder alone: decoders read the tokens of its last block, or of several (`block_outputs`). The task reaches the
-gates through `moecore.routing_context(task=...)`.
+Fan et al., "M³ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning", arXiv 2210.14793. The task
+reaches the gates through `moecore.routing_context(task=...)`, which `M3ViT` opens itself. `m3vit_backbone` is the
+published encoder alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 import moecore
 from apps.errors import UserError
+from apps.vision.models.backbones import make_backbone, put_moe_layers, read_state
+from apps.vision.models.decoders import make_decoder
+from apps.vision.models.m3vit_weights import backbone_part, load_published
+from apps.vision.multitask.tasks import SceneSpec
+from apps.vision.settings import ModelConfig
 from moecore.config import MoEConfig
-from moecore.errors import ConfigError, choice, require
-from moecore.scores_conditioned import TaskConditionedScore
+from moecore.errors import choice, require
+from moecore.scores_conditioned import PerTaskScore, TaskConditionedScore
 
 Gate = Literal["multi", "task_conditioned", "shared"]
 
@@ -127,70 +135,179 @@ def block_outputs(model: VisionTransformer, images: Float[Tensor, "B C H W"]) ->
     return [torch.cat([prefix, patches], 1) for patches, prefix in outputs]
 
 
-def to_published(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights under the names and in the layouts of the published code.
+@dataclass(frozen=True)
+class Slice:
+    """What a model for one task holds of the one for all tasks."""
 
-    Dense parts go by timm's names. An MoE layer has `mlp.gate.{task}.w_gate`, `[D, E]`, or `mlp.gate.w_gate`, `[D, E]`
-    or `[D + G, E]` with a task embedding; `mlp.experts.htoh4` and `.h4toh`, `[E, F, D]` and `[E, D, F]` with biases.
-    The task embedding is `gate_task_represent`.
+    task: str
+    experts: dict[str, list[int]]
+    """Per MoE layer, the experts kept by their numbers in the whole model."""
+    shares: dict[str, list[float]]
+    """Per MoE layer, the share of the task's (token, slot) pairs that each expert took in calibration; [] without."""
+    tokens: int = 0
+    """Calibration tokens per layer."""
 
-    Raises:
-        ConfigError: if the model holds a weight that has no published name.
+
+class M3ViT(nn.Module):
+    """Images with pixels in [0, 1] -> a prediction for every task. Normalises its input itself.
+
+    Where a gate knows the task, the backbone runs once for each task; what comes before the first such gate is computed
+    once for all of them (`m3vit.share_prefix`). Other backbones, dense ones too, run once for all tasks.
+
+    Args:
+        config: backbone, MoE layers and decoder.
+        spec: size of the images, and the tasks in the order of their gates.
+        backbone: None: one from the settings.
+        decoder: None: one from the settings.
     """
-    return {name: view.clone(memory_format=torch.contiguous_format) for name, view in _published_views(model).items()}
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: SceneSpec,
+        backbone: VisionTransformer | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1))
+        self.backbone = vit = _task_backbone(config, spec) if backbone is None else backbone
+        grid = tuple(vit.patch_embed.grid_size)
+        self.decoder = decoder or make_decoder(config.m3vit, spec, vit.embed_dim, len(vit.blocks), grid)
+        self.slice: Slice | None = None
+        """What a model for one task holds of the whole one."""
+
+    @property
+    def task_aware(self) -> bool:
+        """Whether a gate knows the task, so that each task has a backbone pass of its own."""
+        return self.first_task_aware_block() is not None
+
+    def first_task_aware_block(self) -> int | None:
+        """Number of the first block whose gate knows the task."""
+        for number, block in enumerate(self.backbone.blocks):
+            score = block.mlp.router.score if isinstance(block.mlp, moecore.MoE) else None
+            if isinstance(score, (PerTaskScore, TaskConditionedScore)):
+                return number
+        return None
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], tasks: Sequence[str] | None = None
+    ) -> dict[str, Float[Tensor, "B ..."]]:
+        """Predictions of the tasks asked for, of all by default: [B, channels, H, W], classification [B, classes].
+
+        Raises:
+            UserError: for a task that the model does not have.
+        """
+        tasks = self.spec.names if tasks is None else tuple(tasks)
+        for task in tasks:
+            self.refuse_unknown(task)
+        if not self.task_aware:
+            return self.decoder.forward_all(self._own(*self._shared(images)), tasks)
+        return {task: self.decoder(features, task) for task, features in self._by_task(images, tasks)}
+
+    def refuse_unknown(self, task: str) -> None:
+        """Raise a one-line error for a task that the model does not have."""
+        if task not in self.spec.names:
+            raise UserError(f"task={task}: this model has {', '.join(self.spec.names)}")
+
+    def _by_task(self, images: Tensor, tasks: Sequence[str]) -> Iterable[tuple[str, list[Float[Tensor, "B N D"]]]]:
+        """Each task with the patch tokens of the blocks that its decoder reads."""
+        common = self._shared(images) if self.config.m3vit.share_prefix else None
+        for task in tasks:
+            with moecore.routing_context(task=self.spec.names.index(task)):
+                yield task, self._own(*(common or self._shared(images)))
+
+    def _shared(self, images: Tensor) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """All that does not depend on the task: up to the FFN of the first block whose gate knows it.
+
+        Returns:
+            Tokens, the same normalised for that FFN (None if no gate knows the task), and outputs of the blocks passed.
+        """
+        vit = self.backbone
+        x = vit.patch_embed((images - self.mean) / self.std)
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))  # [B, prefix + N, D]
+        first = self.first_task_aware_block()
+        passed = {}
+        for number, block in enumerate(vit.blocks[:first]):
+            x = passed[number] = block(x)
+        if first is None:
+            return x, None, passed
+        block = vit.blocks[first]
+        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        return x, block.norm2(x), passed
+
+    def _own(self, x: Tensor, normed: Tensor | None, passed: dict[int, Tensor]) -> list[Float[Tensor, "B N D"]]:
+        """What is left of the backbone, for the task of the context; patch tokens of the blocks the decoder reads."""
+        vit, outputs = self.backbone, dict(passed)
+        if normed is not None:
+            first = len(passed)
+            block = vit.blocks[first]
+            x = outputs[first] = x + block.drop_path2(block.ls2(block.mlp(normed)))
+            for number in range(first + 1, len(vit.blocks)):
+                x = outputs[number] = vit.blocks[number](x)
+        return [outputs[number][:, vit.num_prefix_tokens :] for number in self.decoder.blocks]
+
+    def for_task(
+        self,
+        task: str,
+        batches: Iterable[Float[Tensor, "B C H W"]] | None = None,
+        margin: float = 0.0,
+        min_share: float = 0.0,
+    ) -> M3ViT:
+        """A smaller model for one task: its gates, its head, and only the experts that its gates choose.
+
+        Args:
+            task: to keep.
+            batches: calibration images, on which is seen which experts the gates choose; None: all experts stay.
+            margin: also keep experts whose probability came so close to that of a chosen one, on some token.
+            min_share: leave out experts that take a smaller share of the task's tokens than this.
+
+        Returns:
+            A model of its own, with `slice` telling what it holds. Outputs are those of the whole model on images
+            whose tokens choose no expert left out; `apps.vision.models.task_slice.leaving` counts those that do.
+
+        Raises:
+            UserError: for a task that the model does not have.
+        """
+        from apps.vision.models.task_slice import choose_experts, slice_model
+
+        return slice_model(self, choose_experts(self, task, batches, margin, min_share))
+
+    def example_input(self, batch: int = 1) -> Float[Tensor, "B C H W"]:
+        """Images of the right shape, for counting and benchmarks."""
+        spec = self.spec
+        return torch.rand(batch, spec.channels, spec.height, spec.width, device=self.mean.device)
 
 
-@torch.no_grad()
-def load_published(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy published weights into the model; see `to_published` for their names.
-
-    Raises:
-        UserError: for a weight that is missing, unexpected or of another shape; the model is then as it was.
-        ConfigError: if the model holds a weight that has no published name.
-    """
-    views = _published_views(model)
-    for problem, names in (
-        ("is missing", [name for name in views if name not in state]),
-        ("is no weight of this model", [name for name in state if name not in views]),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"published weights: {names[0]} {problem}{more}")
-    for name, view in views.items():
-        if state[name].shape != view.shape:
-            theirs, ours = tuple(state[name].shape), tuple(view.shape)
-            raise UserError(f"published weights: {name} has shape {theirs}, where this model takes {ours}")
-    for name, view in views.items():
-        view.copy_(state[name])
+def _task_backbone(config: ModelConfig, spec: SceneSpec) -> VisionTransformer:
+    """The ViT with its MoE layers, and no norm at the end: each decoder has its own."""
+    published = _published_state(config.pretrained)
+    plain = config if published is None else dataclasses.replace(config, pretrained=None)
+    vit = make_backbone(plain, spec.channels, (spec.height, spec.width), num_classes=0)
+    fits = isinstance(vit, VisionTransformer) and all(isinstance(block, Block) for block in vit.blocks)
+    require(fits, "model.backbone", config.backbone, "M³ViT takes plain vision transformers: vit_*, deit_*")
+    vit.norm = vit.fc_norm = nn.Identity()
+    put_moe_layers(vit, config, _moe_of_tasks(config.moe, len(spec.tasks)))
+    _share_task_embedding(vit)
+    if published is not None:
+        load_published(vit, published)
+    return vit
 
 
-_EXPERTS = {
-    "experts.up": "experts.htoh4.weight",
-    "experts.up_bias": "experts.htoh4.bias",
-    "experts.down": "experts.h4toh.weight",
-    "experts.down_bias": "experts.h4toh.bias",
-}
-"""Weights of a layer's experts, by our names, and the published ones; the layouts are the same."""
-_GATE, _EMBEDDING = "router.score.weight", "router.score.embed."
+def _moe_of_tasks(moe: MoEConfig, num_tasks: int) -> MoEConfig:
+    """The MoE layers with as many gates or task embeddings as there are tasks."""
+    if moe.score not in ("per_task", "task_conditioned"):
+        return moe
+    given = moe.score_options.get("num_tasks", num_tasks)
+    require(
+        given == num_tasks, "model.moe.score_options.num_tasks", given, f"there are {num_tasks} tasks; leave it out"
+    )
+    return dataclasses.replace(moe, score_options={**moe.score_options, "num_tasks": num_tasks})
 
 
-def _published_views(model: nn.Module) -> dict[str, Tensor]:
-    """Published name -> view of the model's own weight in the published layout: to copy from, and to copy into."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, moecore.MoE)]
-    views: dict[str, Tensor] = {}
-    for name, weight in model.state_dict().items():
-        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        part = name if layer is None else name.removeprefix(f"{layer}.")
-        if layer is None:
-            views[name] = weight
-        elif part in _EXPERTS:
-            views[f"{layer}.{_EXPERTS[part]}"] = weight
-        elif part == _GATE and weight.dim() == 3:
-            views |= {f"{layer}.gate.{task}.w_gate": gate.t() for task, gate in enumerate(weight)}  # [D, E] each
-        elif part == _GATE:
-            views[f"{layer}.gate.w_gate"] = weight.t()  # [D, E]
-        elif part.startswith(_EMBEDDING):  # one for all layers, which each of them lists
-            views[f"gate_task_represent.{part.removeprefix(_EMBEDDING)}"] = weight
-        else:
-            raise ConfigError("model", name, "has no published name; build the layers with m3vit_moe")
-    return views
+def _published_state(pretrained: str | None) -> dict[str, Tensor] | None:
+    """The backbone's weights from a file in the published layout; None for anything else."""
+    if pretrained in (None, "timm") or not Path(pretrained).is_file():
+        return None
+    return backbone_part(read_state(Path(pretrained)))

@@ -9,19 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import moecore
-from apps.vision.models.backbones import make_backbone
+from apps.vision.models.backbones import make_backbone, put_moe_layers
 from apps.vision.settings import ModelConfig
-from moecore.errors import ConfigError, require
-
-SETTINGS = {
-    "layers": "model.moe_layers",
-    "schedule": "model.experts_schedule",
-    "experts": "model.experts_schedule",
-    "share_router": "model.share_router",
-    "model": "model.backbone",
-}
-"""Settings by the names that moecore gives what they set; all others are those of `model.moe`."""
+from moecore.errors import require
 
 
 @dataclass(frozen=True)
@@ -57,11 +47,10 @@ class ViMoE(nn.Module):
         self.register_buffer("mean", torch.tensor(images.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(images.std).view(-1, 1, 1))
         self.backbone = make_backbone(config, images.channels, images.image_size, len(images.classes))
-        try:
-            self.moe_layers = _put_moe_layers(self.backbone, config)
-        except ConfigError as error:  # names it as moecore knows it; here it is a setting
-            name = SETTINGS.get(error.field, f"model.moe.{error.field}")
-            raise ConfigError(name, error.value, error.remedy) from None
+        no_tasks = config.moe.score not in ("per_task", "task_conditioned")
+        remedy = "needs the task of every image, and a classifier has but one"
+        require(no_tasks, "model.moe.score", config.moe.score, remedy)
+        self.moe_layers = put_moe_layers(self.backbone, config, config.moe)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """[B, C, H, W] in [0, 1] -> [B, classes]."""
@@ -71,24 +60,6 @@ class ViMoE(nn.Module):
         """Images of the right shape, for counting and benchmarks."""
         size = self.images.image_size
         return torch.rand(batch, self.images.channels, size, size, device=self.mean.device)
-
-
-def _put_moe_layers(backbone: nn.Module, config: ModelConfig) -> list[str]:
-    """Replace the FFNs that are to be MoE; returns their names."""
-    moe = config.moe
-    no_tasks = moe.score not in ("per_task", "task_conditioned")
-    require(no_tasks, "score", moe.score, "needs the task of every image, and a classifier has but one")
-    count = len(moecore.place(config.moe_layers, len(moecore.find_ffns(backbone))))
-    if not count:
-        return []
-    return moecore.replace_ffn(
-        backbone,
-        config.moe_layers,
-        moe,
-        init=config.moe_init,
-        experts=moecore.schedule(config.experts_schedule, count, moe.top_k, moe.num_experts),
-        share_router=config.share_router,
-    )
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

@@ -51,6 +51,10 @@ class TasksConfig:
     """Of dwa: higher is closer to equal weights."""
     gradnorm_alpha: float = 1.5
     """Of gradnorm: how strongly slower tasks are favoured."""
+    specialise: float = 0.0
+    """Coefficient of Mod-Squad's loss (arXiv 2212.08066): minus the mutual information of task and expert, which gives
+    each task few experts of its own, so that models of one task are small. Works against balance losses per task: set
+    model.moe.aux_loss to {}."""
     baselines: str | None = None
     """JSON file of figures of single-task runs (test.json of several runs merged: `semseg/miou`, ...), or a folder of
     such runs, against which delta_m is taken."""
@@ -60,6 +64,7 @@ class TasksConfig:
         require(not twice, "names", ",".join(self.names), f"has {', '.join(twice)} twice")
         for name, weight in self.weights.items():
             require(weight > 0, f"weights.{name}", weight, "must be positive; to leave a task out, see names")
+        require(self.specialise >= 0, "specialise", self.specialise, "must not be negative")
         require(self.dwa_temperature > 0, "dwa_temperature", self.dwa_temperature, "must be positive")
         require(self.gradnorm_alpha >= 0, "gradnorm_alpha", self.gradnorm_alpha, "must not be negative")
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import moecore
 from apps.errors import ConfigError, UserError
-from apps.vision.models.m3vit import Gate, block_outputs, load_published, m3vit_backbone, m3vit_moe, to_published
+from apps.vision.models.m3vit import Gate, block_outputs, m3vit_backbone, m3vit_moe
+from apps.vision.models.m3vit_weights import load_published, to_published
 
 D, TASKS, EXPERTS, TOP_K, G = 24, 3, 5, 2, 7
 SIZE = (32, 48)

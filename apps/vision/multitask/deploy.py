@@ -1,0 +1,158 @@
+"""Export of multi-task models: whole or for one task as ONNX, and checkpoints of one task alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import moecore
+from apps.errors import UserError
+from apps.vision.arguments import Export
+from apps.vision.models.m3vit import M3ViT
+from apps.vision.models.task_slice import leaving
+from apps.vision.multitask.data import MultiTaskData
+from apps.vision.multitask.loading import Trained, load_trained, slice_checkpoint
+from export.onnx import ExportError
+from export.onnx import export_onnx as write_onnx
+from export.verify import TOLERANCE, compare_onnx
+from moecore import __version__
+from moecore.files import atomic_path
+
+
+class Outputs(nn.Module):
+    """Images -> the predictions of some tasks: a tensor of one, a tuple of several.
+
+    Args:
+        model: of the tasks.
+        tasks: to predict.
+    """
+
+    def __init__(self, model: M3ViT, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.tasks = model, tuple(tasks)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor | tuple[Tensor, ...]:
+        """[B, C, H, W] in [0, 1] -> predictions, in the order of the tasks."""
+        predictions = self.model(images, self.tasks)
+        found = tuple(predictions[task] for task in self.tasks)
+        return found if len(found) > 1 else found[0]
+
+
+def cut_out(trained: Trained, data: MultiTaskData, args: Export) -> M3ViT:
+    """The model for one task, with the experts that its gates choose on training images.
+
+    Raises:
+        UserError: for a model that holds one task already, or does not have this one.
+    """
+    model = trained.model
+    if model.slice is not None:
+        raise UserError(f"ckpt_path={trained.path}: holds {model.slice.task} alone; give the run of all tasks")
+    images = calibration_images(data, args.calibration)
+    return model.for_task(args.task, images, args.margin, args.min_share)
+
+
+def calibration_images(data: MultiTaskData, count: int) -> Iterator[Float[Tensor, "B C H W"]]:
+    """The first training images, as they are evaluated, in batches."""
+    images = data.images("train")
+    count = min(count, len(images))
+    for start in range(0, count, 32):
+        yield images.plain(list(range(start, min(start + 32, count))))[0]
+
+
+def export_onnx(trained: Trained, data: MultiTaskData, path: Path, args: Export) -> dict[str, float]:
+    """Write the model, or the one for `args.task`, as ONNX and compare it with PyTorch on test images.
+
+    Returns:
+        The comparison's figures.
+
+    Raises:
+        UserError: if the model has no ONNX form, or its outputs differ; a file from before then stays as it is.
+    """
+    model = trained.model if args.task is None or trained.model.slice else cut_out(trained, data, args)
+    if args.task is not None:
+        model.refuse_unknown(args.task)
+    model = copy.deepcopy(model).cpu().eval()
+    spec = model.spec
+    metadata = {
+        "task": ", ".join(spec.names),
+        "classes": {task.name: list(task.classes) for task in spec.tasks if task.classes},
+        "input": f"[batch, {spec.channels}, {spec.height}, {spec.width}], pixels in [0, 1]",
+        "moecore_version": __version__,
+    }
+    outputs = Outputs(model, spec.names)
+    with atomic_path(path) as temporary:
+        try:
+            write_onnx(outputs, model.example_input(2), temporary, "images", spec.names, metadata)
+        except ExportError as error:
+            raise UserError(f"export: {error}") from error
+        comparison = compare_onnx(outputs, temporary, (images for images, _ in data.test_dataloader()), axis=1)
+        if not comparison.passed:
+            raise UserError(
+                f"export: outputs differ from PyTorch by {comparison.max_relative_error:.2g} of their range, "
+                f"more than {TOLERANCE}; no file was kept"
+            )
+    return comparison.scalars()
+
+
+def export_task(trained: Trained, data: MultiTaskData, path: Path, args: Export) -> dict[str, Any]:
+    """Write a checkpoint of one task, compared on test images with the whole model.
+
+    Returns:
+        What it holds and costs, how many tokens would have left, and the largest difference of outputs, over all
+        images and over those that keep inside.
+    """
+    small = cut_out(trained, data, args)
+    with atomic_path(path) as temporary:
+        torch.save(slice_checkpoint(trained, small), temporary)
+        small = load_trained(temporary, trained.config).model  # what is compared is what was written
+        figures = _held(trained, small, data) | _compared(trained.model, small, data)
+        figures["file_bytes"] = temporary.stat().st_size
+    return figures
+
+
+def _held(trained: Trained, small: M3ViT, data: MultiTaskData) -> dict[str, float]:
+    """Experts, parameters and multiply-adds, with their shares of the whole model's on all tasks."""
+    experts = {
+        f"experts/{name.removeprefix('backbone.')}": float(len(kept)) for name, kept in small.slice.experts.items()
+    }
+    x = small.example_input()
+    own, whole = moecore.count_cost(small, x), moecore.count_cost(trained.model, x)
+    return {
+        **experts,
+        "params_total": own.total_params,
+        "params_share": own.total_params / whole.total_params,
+        "multiply_adds": own.macs,
+        "multiply_adds_share": own.macs / whole.macs,
+    }
+
+
+@torch.no_grad()
+def _compared(model: M3ViT, small: M3ViT, data: MultiTaskData) -> dict[str, float]:
+    """Differences of outputs on test images, and tokens that would have left."""
+    task, (name,) = small.slice.task, small.spec.names
+    left, tokens, stayed, count, worst, worst_inside = 0, 0, 0, 0, 0.0, 0.0
+    for images, _ in data.test_dataloader():
+        images = images.to(model.mean.device)
+        with moecore.record(small) as recording:
+            ours = small(images)[name]
+        difference = (ours - model(images, [task])[task]).abs().flatten(1).amax(1)  # [B]
+        inside = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        for gone in leaving(small, recording).values():
+            left, tokens = left + int(gone.sum()), tokens + gone.numel()
+            inside &= ~gone.flatten(1).any(1)
+        stayed, count = stayed + int(inside.sum()), count + len(images)
+        worst = max(worst, float(difference.max()))
+        worst_inside = max(worst_inside, float(torch.where(inside, difference, 0.0).max()))
+    return {
+        "images": float(count),
+        "images_inside": float(stayed),
+        "tokens_left_share": left / max(tokens, 1),
+        "max_difference": worst,
+        "max_difference_inside": worst_inside,
+    }
