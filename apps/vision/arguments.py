@@ -47,14 +47,14 @@ class Export(verbs.Export):
     margin: float = 0.0
     """Also keep experts whose probability came so close to that of a chosen one on some calibration token."""
     min_share: float = 0.0
-    """Leave out experts that take a smaller share of the task's tokens than this."""
+    """Leave out experts with a smaller share of the weights that the task's gates give than this."""
     calibration: int = 512
     """Training images on which is seen which experts the gates choose."""
 
     def __post_init__(self) -> None:
         require(self.format != "task" or self.task is not None, "task", self.task, "say which task format=task is for")
         require(self.margin >= 0, "margin", self.margin, "is a difference of probabilities: 0 or more")
-        require(0 <= self.min_share < 1, "min_share", self.min_share, "is a share of the tokens, in [0, 1)")
+        require(0 <= self.min_share < 1, "min_share", self.min_share, "is a share of the weights, in [0, 1)")
         require(self.calibration >= 1, "calibration", self.calibration, "must be at least 1")
 
 

@@ -143,7 +143,7 @@ class Slice:
     experts: dict[str, list[int]]
     """Per MoE layer, the experts kept by their numbers in the whole model."""
     shares: dict[str, list[float]]
-    """Per MoE layer, the share of the task's (token, slot) pairs that each expert took in calibration; [] without."""
+    """Per MoE layer, the share of each expert in the combine weights of all calibration tokens; {} without any."""
     tokens: int = 0
     """Calibration tokens per layer."""
 
@@ -261,7 +261,7 @@ class M3ViT(nn.Module):
             task: to keep.
             batches: calibration images, on which is seen which experts the gates choose; None: all experts stay.
             margin: also keep experts whose probability came so close to that of a chosen one, on some token.
-            min_share: leave out experts that take a smaller share of the task's tokens than this.
+            min_share: leave out experts with a smaller share of the combine weights of all tokens than this.
 
         Returns:
             A model of its own, with `slice` telling what it holds. Outputs are those of the whole model on images

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 import moecore
@@ -21,8 +21,10 @@ from moecore.transforms.prune import KeptSelection, prune
 class Usage:
     """How a layer's experts were used by one task."""
 
-    pairs: Int[Tensor, " E"]
-    """(token, slot) pairs of each expert."""
+    chosen: Bool[Tensor, " E"]
+    """Experts that some token chose."""
+    weight: Float[Tensor, " E"]
+    """Combine weights of each expert, summed over the tokens that chose it."""
     near: Bool[Tensor, " E"]
     """Experts whose probability was within the margin of a chosen one's, on some token."""
     tokens: int = 0
@@ -52,14 +54,14 @@ def usage(
             model(images.to(model.mean.device), [task])
         for routing in recording:
             experts = routing.assignment.num_experts
-            seen = found.setdefault(
-                routing.name, Usage(torch.zeros(experts, dtype=torch.long), torch.zeros(experts, dtype=torch.bool))
-            )
-            probs = routing.probs[:, :experts]
-            last = probs.masked_fill(~routing.assignment.chosen(), 2.0).amin(-1, keepdim=True)  # [T, 1]
+            none = torch.zeros(experts, dtype=torch.bool)
+            seen = found.setdefault(routing.name, Usage(none, none.double(), none.clone()))
+            assignment, probs = routing.assignment, routing.probs[:, :experts]
+            last = probs.masked_fill(~assignment.chosen(), 2.0).amin(-1, keepdim=True)  # [T, 1]
             seen.near |= (probs >= last - margin).any(0).cpu()
-            seen.pairs += routing.assignment.load().cpu()
-            seen.tokens += routing.assignment.num_tokens
+            seen.chosen |= (assignment.load() > 0).cpu()
+            seen.weight += assignment.dense(routing.weights).sum(0).double().cpu()
+            seen.tokens += assignment.num_tokens
     return found
 
 
@@ -72,7 +74,7 @@ def choose_experts(
     """
     model.refuse_unknown(task)
     require(margin >= 0, "margin", margin, "is a difference of probabilities: 0 or more")
-    require(0 <= min_share < 1, "min_share", min_share, "is a share of the tokens, in [0, 1)")
+    require(0 <= min_share < 1, "min_share", min_share, "is a share of the weights, in [0, 1)")
     layers = moe_layers(model)
     if batches is None:
         return Slice(task, {name: list(range(layer.experts.num_experts)) for name, layer in layers.items()}, {})
@@ -80,13 +82,13 @@ def choose_experts(
     found = usage(model, task, batches, margin)
     require(not layers or bool(found), "batches", "none", "calibration needs at least one batch of images")
     for name, seen in found.items():
-        share = seen.pairs / max(seen.tokens, 1)  # of tokens that go there
-        keep = (seen.pairs > 0) | (seen.near if margin > 0 else False)
+        share = seen.weight / seen.weight.sum().clamp(min=1e-12)
+        keep = (seen.chosen | seen.near) if margin > 0 else seen.chosen.clone()
         if min_share > 0:
             keep &= share >= min_share
         keep[share.argsort(descending=True, stable=True)[: layers[name].router.select.max_slots]] = True
         kept[name], tokens = torch.nonzero(keep).flatten().tolist(), seen.tokens
-        shares[name] = (seen.pairs / seen.pairs.sum().clamp(min=1)).tolist()
+        shares[name] = share.tolist()
     return Slice(task, kept, shares, tokens)
 
 
@@ -123,6 +125,8 @@ def leaving(small: M3ViT, recording: moecore.Recording) -> dict[str, Bool[Tensor
     for routing in recording:
         select = layers[routing.name].router.select
         scores = routing.scores
-        gone = select.leaves(scores) if isinstance(select, KeptSelection) else torch.zeros(len(scores), dtype=torch.bool)
+        gone = (
+            select.leaves(scores) if isinstance(select, KeptSelection) else torch.zeros(len(scores), dtype=torch.bool)
+        )
         left[routing.name] = gone.view(routing.lead)
     return left

@@ -190,8 +190,8 @@ def _slices(page: Page, trained: Trained, data: MultiTaskData) -> None:
         )
     page.section("Models for one task").text(
         "Experts that a task's gates choose on training images, layer by layer, and what a model with these alone "
-        "holds and costs. `export --format task --task NAME` writes it; experts chosen by hardly any token can be left "
-        "out with `--min_share`."
+        "holds and costs. `export --format task --task NAME` writes it; experts that hardly count can be left out "
+        "with `--min_share`."
     ).table(rows)
 
 

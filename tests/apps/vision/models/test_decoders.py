@@ -197,10 +197,10 @@ def test_the_light_head_costs_what_it_says():
     with torch.device("meta"):
         head = LightHead(TaskSpec("normals"), width, hidden, (32, 32), (512, 512))
         macs = moecore.count_cost(head, torch.empty(1, patches, width)).macs
-    assert macs == patches * hidden * (16 * width + 16 * (9 + hidden) + 16 * 3)
+    assert macs == patches * hidden * (16 * width + 72 * hidden + 8 * 3)
 
 
-@pytest.mark.parametrize(("name", "most"), [("light", 0.02), ("task_expert", 0.03)])
+@pytest.mark.parametrize(("name", "most"), [("light", 0.025), ("task_expert", 0.035)])
 def test_cheap_decoders_cost_a_few_percent_of_the_backbone(name, most):
     with torch.device("meta"):
         vit = VisionTransformer(512, 16, 3, 0, "", 384, 12, 6, final_norm=False)  # active experts cost what FFNs do

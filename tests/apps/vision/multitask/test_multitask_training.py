@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.apps.processes import start
+from tests.apps.vision.conftest import differences
+from tests.apps.vision.multitask.drawn_folders import draw_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 EPOCHS = {"trainer__max_epochs": 3, "run__checkpoint_every": 2}
@@ -37,18 +39,12 @@ def test_a_run_killed_at_any_batch_ends_as_if_it_had_not_been(tiny_tasks, cli, t
     assert (done.code, done.err) == (0, "")
     a, b = load(whole), load(killed)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "scenes"):
-        assert not list(_differences(a[part], b[part], part))
+        assert not list(differences(a[part], b[part], part))
     assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
     figures = [json.loads((run / "test.json").read_text()) for run in (whole, killed)]
     for values in figures:
         values.pop("images_per_second")
     assert str(figures[0]) == str(figures[1])
-
-
-def _differences(a, b, path):
-    from tests.apps.vision.conftest import differences
-
-    return differences(a, b, path)
 
 
 @pytest.mark.parametrize("weighting", ["uncertainty", "dwa", "gradnorm"])
@@ -85,9 +81,8 @@ def test_labels_of_another_architecture_do_not_resume(tiny_tasks, cli, tmp_path)
 
 
 def test_training_on_a_folder_in_the_layout_of_nyud(tiny_tasks, cli, tmp_path):
-    from tests.apps.vision.multitask.drawn_folders import draw_nyud
-
-    root = draw_nyud(tmp_path / "nyud")
+    root = tmp_path / "nyud"
+    draw_folder("nyud", root)
     given = {"data__dataset": "nyud", "data__root": root, "trainer__limit_train_batches": 2}
     done = cli("train", *tiny_tasks(tmp_path, **given))
     assert done.code == 0, done.err
