@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections import Counter
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from apps.errors import UserError
-from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed, limited
+from apps.loading import derive_seed
 from apps.progress import track
-from apps.training import count_steps
 from apps.vision import augment
+from apps.vision.loaders import BatchLoaders
 from apps.vision.models.vimoe import ImageSpec
 from apps.vision.settings import DataConfig
 from apps.vision.sources import GREY, Table, Unreadable, decode, load_tables, open_image
@@ -132,7 +129,7 @@ class Images(Dataset):
         return torch.stack(images), self.labels[[i for _, i in read]]
 
 
-class VisionData(LightningDataModule):
+class VisionData(BatchLoaders):
     """Splits, loaders and the `ImageSpec` of a data set.
 
     Args:
@@ -141,9 +138,10 @@ class VisionData(LightningDataModule):
         spec: of a trained model, whose channels, size and classes the data must then fit.
     """
 
+    least_evaluated = 128
+
     def __init__(self, config: DataConfig, seed: int = 0, spec: ImageSpec | None = None) -> None:
-        super().__init__()
-        self.config, self.seed = config, seed
+        super().__init__(config, seed)
         self._tables = _split(load_tables(config), config)
         self._sets: dict[str, Images] = {}
         if spec is not None:
@@ -163,56 +161,14 @@ class VisionData(LightningDataModule):
             self._sets[split] = Images(table, self.spec, self.config, split == "train", self.seed)
         return self._sets[split]
 
+    def in_memory(self, split: str) -> bool:
+        """Whether the images of a split are held decoded."""
+        return self.images(split).pixels is not None
+
     @property
     def skipped(self) -> int:
         """Unreadable images left out so far."""
         return sum(int(images.unreadable.sum()) for images in self._sets.values())
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches that continue where training stands."""
-        images = self.images("train")
-        return ResumableLoader(images, batch_sampler=self._batches(), collate_fn=as_is, **self._workers(images))
-
-    def _batches(self) -> ResumableBatches:
-        trainer = self.trainer
-        batches = ResumableBatches(
-            len(self.images("train")),
-            self.config.batch_size,
-            self.seed,
-            position=lambda: trainer.fit_loop.epoch_loop.batch_progress.total.ready,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-        batches.limit = limited(trainer.limit_train_batches, len(batches))
-        return batches
-
-    def training_steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        return count_steps(self.trainer, len(self._batches()))
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation images in order."""
-        return self._in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Test images in order."""
-        return self._in_order("test")
-
-    def _in_order(self, split: str) -> DataLoader:
-        images = self.images(split)
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        own = list(range(rank, len(images), world))
-        size = max(self.config.batch_size, 128)
-        batches = [[(0, i) for i in own[start : start + size]] for start in range(0, len(own), size)]
-        return DataLoader(images, batch_sampler=batches, collate_fn=as_is, **self._workers(images))
-
-    def _workers(self, images: Images) -> dict[str, Any]:
-        workers = self.config.num_workers
-        if workers is None:
-            workers = 0 if images.pixels is not None else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
-        pin = torch.cuda.is_available()
-        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin}
 
 
 def _natural(name: str) -> tuple[bool, int, str]:

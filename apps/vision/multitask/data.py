@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, UInt8
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from apps.errors import UserError
-from apps.loading import ResumableBatches, ResumableLoader, as_is, derive_seed, limited
-from apps.training import count_steps
+from apps.loading import ResumableBatches, derive_seed
+from apps.vision.loaders import BatchLoaders
 from apps.vision.multitask.folders import FolderImages, find_items, folder_spec, require_folders
 from apps.vision.multitask.layouts import LAYOUTS
 from apps.vision.multitask.sampling import BalancedBatches, keep_labels
@@ -96,7 +94,7 @@ class MultiTaskImages(Dataset):
         return images.float().div_(255), labels
 
 
-class MultiTaskData(LightningDataModule):
+class MultiTaskData(BatchLoaders):
     """Splits, loaders and the `SceneSpec` of a data set with labels of several tasks.
 
     Args:
@@ -112,8 +110,7 @@ class MultiTaskData(LightningDataModule):
     def __init__(
         self, config: DataConfig, tasks: Sequence[str] = (), seed: int = 0, spec: SceneSpec | None = None
     ) -> None:
-        super().__init__()
-        self.config, self.seed = config, seed
+        super().__init__(config, seed)
         whole = _whole_spec(config)
         names = tuple(tasks) if spec is None else spec.names
         _require_tasks(config, whole, names)
@@ -154,56 +151,15 @@ class MultiTaskData(LightningDataModule):
         sources = [images.source for images in self._sets.values()]
         return sum(int(source.unreadable.sum()) for source in sources if isinstance(source, FolderImages))
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches that continue where training stands."""
-        images = self.images("train")
-        return ResumableLoader(images, batch_sampler=self._batches(), collate_fn=as_is, **self._workers())
+    def in_memory(self, split: str) -> bool:
+        """Whether the images of a split are held decoded."""
+        return isinstance(self.images(split).source, HeldImages)
 
-    def _batches(self) -> ResumableBatches:
-        trainer, images = self.trainer, self.images("train")
-        sampler, what = (
-            (BalancedBatches, images.known) if self.config.balance_tasks else (ResumableBatches, len(images))
-        )
-        batches = sampler(
-            what,
-            self.config.batch_size,
-            self.seed,
-            position=lambda: trainer.fit_loop.epoch_loop.batch_progress.total.ready,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-        batches.limit = limited(trainer.limit_train_batches, len(batches))
-        return batches
-
-    def training_steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        return count_steps(self.trainer, len(self._batches()))
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation images in order."""
-        return self._in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Test images in order."""
-        return self._in_order("test")
-
-    def _in_order(self, split: str) -> DataLoader:
-        images, trainer, size = self.images(split), self.trainer, self.config.batch_size
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        own = list(range(rank, len(images), world))
-        batches = [[(0, i) for i in own[start : start + size]] for start in range(0, len(own), size)]
-        return DataLoader(images, batch_sampler=batches, collate_fn=as_is, **self._workers())
-
-    def _workers(self) -> dict[str, Any]:
-        workers = self.config.num_workers
-        if workers is None:
-            held = self.config.dataset == "scenes"
-            workers = 0 if held else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
-        return {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+    def sampler(self, **options: Any) -> ResumableBatches:
+        """The order of training images, with `data.balance_tasks` one in which all tasks are seen equally often."""
+        if self.config.balance_tasks:
+            return BalancedBatches(self.images("train").known, **options)
+        return super().sampler(**options)
 
 
 def _hide(label: Tensor, known: Bool[Tensor, " N"], task: TaskSpec) -> Tensor:

@@ -225,7 +225,8 @@ def make_weighting(config: TasksConfig, tasks: Sequence[str]) -> Weighting:
         tasks: that are trained.
 
     Raises:
-        ConfigError: if some tasks have no weight while others do, or if there is a weight for something else.
+        ConfigError: if some tasks have no weight while others do, or if there is a weight for something that is no
+            task; weights of tasks that are not trained do nothing.
     """
     return WEIGHTINGS[config.weighting](_base_weights(config, tasks), config)
 
@@ -234,8 +235,8 @@ def _base_weights(config: TasksConfig, tasks: Sequence[str]) -> dict[str, float]
     given = config.weights
     if not given:
         return {task: TASKS[task].weight for task in tasks}
-    unknown = ", ".join(name for name in given if name not in tasks)
-    require(not unknown, "tasks.weights", given, f"{unknown}: no task of this run; those are {', '.join(tasks)}")
+    unknown = ", ".join(name for name in given if name not in TASKS)
+    require(not unknown, "tasks.weights", given, f"{unknown}: no such task; there are {', '.join(TASKS)}")
     missing = ", ".join(task for task in tasks if task not in given)
     remedy = f"no weight for {missing}; give one for every task, or none for the published ones"
     require(not missing, "tasks.weights", given, remedy)

@@ -148,6 +148,17 @@ def test_saliency_is_the_mean_over_images_at_the_best_threshold():
     assert found == pytest.approx({"miou": max(ious), "max_f": max(fs)})
 
 
+@pytest.mark.parametrize(
+    ("salient", "other", "iou"),
+    [(0.95, 0.89, 1), (0.95, 0.91, 0.25), (0.21, 0.19, 1), (0.19, 0.1, 0), (0.51, 0.49, 1), (0.54, 0.51, 0.25)],
+)
+def test_saliency_tells_apart_what_a_threshold_lies_between(salient, other, iou):
+    label = torch.zeros(1, 4, 4)
+    label[0, 0] = 1
+    prediction = torch.where(label == 1, salient, other)
+    assert measured("saliency", prediction, label)["miou"] == pytest.approx(iou)
+
+
 def test_an_image_without_salient_pixels_is_right_where_none_is_predicted():
     label = torch.zeros(2, 4, 4)
     label[1, :2] = 1

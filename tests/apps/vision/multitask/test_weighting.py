@@ -48,8 +48,11 @@ def test_a_weight_is_needed_for_every_task_or_for_none():
     with pytest.raises(ConfigError) as unknown:
         make_weighting(TasksConfig(weights={"semseg": 1.0, "dept": 2.0}), ("semseg", "depth"))
     assert str(unknown.value) == (
-        "tasks.weights={'semseg': 1.0, 'dept': 2.0}: dept: no task of this run; those are semseg, depth"
+        "tasks.weights={'semseg': 1.0, 'dept': 2.0}: dept: no such task; there are semseg, parts, saliency, depth, "
+        "normals, edges, classification"
     )
+    spare = make_weighting(TasksConfig(weights={"semseg": 1.0, "depth": 3.0}), ("depth",))
+    assert spare.weights() == {"depth": 3.0}
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
