@@ -29,8 +29,8 @@ def conflict_of(trained: Trained, data: MultiTaskData, batches: int, progress: b
         batches: of `data.batch_size` images.
         progress: show a bar.
     """
-    model, images = trained.model, data.images("train")
-    size = data.config.batch_size
+    model, size = trained.model, data.config.batch_size
+    images = data.first_images("train", batches * size)
     starts = range(0, min(len(images), batches * size), size)
     chosen = [list(range(start, min(start + size, len(images)))) for start in starts]
 

@@ -124,7 +124,7 @@ class MultiTaskData(BatchLoaders):
         """The data set of a split, made or found when first asked for."""
         if split not in self._sets:
             if self.config.dataset == "scenes":
-                source = self._scenes(split)
+                source = self._scenes(split, getattr(self.config.scenes, f"num_{split}"))
             else:
                 source = FolderImages(find_items(self.config, split), self.spec, self.config)
             if not source.names:
@@ -132,16 +132,23 @@ class MultiTaskData(BatchLoaders):
             self._sets[split] = MultiTaskImages(source, self.config, split == "train", self.seed)
         return self._sets[split]
 
-    def _scenes(self, split: str) -> HeldImages:
+    def first_images(self, split: str, count: int) -> MultiTaskImages:
+        """The data set of a split with its first images at least; generated ones are then not made all."""
+        if self.config.dataset != "scenes" or split in self._sets:
+            return self.images(split)
+        count = min(count, getattr(self.config.scenes, f"num_{split}"))
+        return MultiTaskImages(self._scenes(split, count), self.config, split == "train", self.seed)
+
+    def _scenes(self, split: str, count: int) -> HeldImages:
         """Generated images; in training they keep some labels only, if so asked, whichever tasks are trained."""
         from apps.vision.multitask.scenes import make_scenes
 
         config, spec = self.config.scenes, self.spec
-        count, first = getattr(config, f"num_{split}"), FIRST_SCENE[split]
+        first = FIRST_SCENE[split]
         images, labels = make_scenes(count, config.seed, spec.height, spec.width, first)
         names = [f"scenes/{first + i}" for i in range(count)]
         how = config.labels_per_image if split == "train" else "all"
-        known = keep_labels(count, len(self._all), how, config.seed)
+        known = keep_labels(getattr(config, f"num_{split}"), len(self._all), how, config.seed)[:count]
         held = HeldImages(images, labels, names, known[:, [self._all.index(task) for task in spec.tasks]])
         return held.only_known(spec.tasks)
 

@@ -59,7 +59,7 @@ def cut_out(trained: Trained, data: MultiTaskData, args: Export) -> M3ViT:
 
 def calibration_images(data: MultiTaskData, count: int) -> Iterator[Float[Tensor, "B C H W"]]:
     """The first training images, as they are evaluated, in batches."""
-    images = data.images("train")
+    images = data.first_images("train", count)
     count = min(count, len(images))
     for start in range(0, count, 32):
         yield images.plain(list(range(start, min(start + 32, count))))[0]

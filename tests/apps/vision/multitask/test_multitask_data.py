@@ -348,3 +348,14 @@ def test_data_for_a_trained_model(tmp_path):
     other = SceneSpec(16, 24, (TaskSpec("semseg", ("a", "b")),))
     with pytest.raises(UserError, match=r"^data\.dataset=scenes: its \d+ classes of semseg are not the model's 2; "):
         scenes(spec=other)
+
+
+@pytest.mark.parametrize("kept", ["all", "half"])
+def test_first_images_are_those_of_the_whole_split(kept):
+    few = scenes("semseg", "depth", kept=kept).first_images("train", 5)
+    whole = scenes("semseg", "depth", kept=kept).images("train")
+    assert 0 < len(few) <= 5 < len(whole)
+    indices = list(range(len(few)))
+    assert few.names == whole.names[: len(few)]
+    assert equal(few.plain(indices), whole.plain(indices))
+    assert len(scenes().first_images("train", 10**6)) == SIZES["num_train"]

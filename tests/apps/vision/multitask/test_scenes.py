@@ -352,7 +352,7 @@ def test_a_linear_model_of_patches_learns_almost_nothing(batch, patch):
     truth = classes[split:].flatten()
     for found in (scores.argmax(1), (scores / target.mean(0)).argmax(1)):  # as they are, and with rare classes favoured
         overlap = [((found == c) & (truth == c)).sum() / ((found == c) | (truth == c)).sum() for c in range(2, 8)]
-        assert sum(overlap) / len(overlap) < 0.12  # a small convolutional net reaches several times as much
+        assert sum(overlap) / len(overlap) < 0.12  # a small U-Net had 0.18 in nine epochs, and was still learning
 
     mean = depth[:split].mean(0)  # [L]: what is known without a look at the image
     blind = (depth[split:] - mean).square().mean().sqrt()
