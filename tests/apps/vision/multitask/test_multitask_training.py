@@ -18,11 +18,15 @@ from tests.apps.vision.multitask.drawn_folders import draw_folder
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 EPOCHS = {"trainer__max_epochs": 3, "run__checkpoint_every": 2}
 KINDS = {
-    "plain": {},
     "dwa": {"tasks__weighting": "dwa", "optim__ema_decay": 0.9},
     "gradnorm": {"tasks__weighting": "gradnorm", "data__scenes__labels_per_image": "half"},
-    "uncertainty": {"tasks__weighting": "uncertainty", "data__balance_tasks": True},
-    "noisy": {"model__moe__score_options": "{noise_std: 1.0}", "model__moe_layers": "all", "tasks__specialise": 0.1},
+    "uncertainty": {
+        "tasks__weighting": "uncertainty",
+        "tasks__specialise": 0.1,
+        "data__balance_tasks": True,
+        "model__moe__score_options": "{noise_std: 1.0}",
+        "model__moe_layers": "all",
+    },
 }
 
 
