@@ -122,7 +122,8 @@ class Images(Dataset):
         read = [(self._read(i), i) for i in indices]
         read = [(image, i) for image, i in read if image is not None]
         if not read:
-            raise UserError(f"{self.table.names[indices[0]]}: no image of a whole batch can be read")
+            remedy = "take those out that cannot, or raise data.batch_size"
+            raise UserError(f"{self.table.names[indices[0]]}: no image of a whole batch can be read; {remedy}")
         images = [image for image, _ in read]
         if not self.spec.whole:
             images = [resize(image) for image in images]

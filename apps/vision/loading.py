@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps.errors import UserError
 from apps.runs import load_checkpoint
 from apps.training import load_weights
 from apps.tree import restore
@@ -35,6 +36,8 @@ def load_trained(path: Path, config: VisionConfig | None = None) -> Trained:
         UserError: if the weights are of another architecture.
     """
     checkpoint = load_checkpoint(path, "vision")
+    if "images" not in checkpoint:
+        raise UserError(f"{path}: is a model of several tasks, model.name=m3vit; give a run of model.name=vimoe")
     config = config or restore(VisionConfig, checkpoint["config"])
     without_pretrained = dataclasses.replace(config.model, pretrained=None)
     model = ViMoE(without_pretrained, ImageSpec.from_dict(checkpoint["images"]))

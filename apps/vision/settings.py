@@ -10,7 +10,7 @@ from apps.vision.multitask.settings import M3ViTConfig, ScenesConfig, TasksConfi
 from moecore.config import MoEConfig
 from moecore.errors import require
 
-Dataset = Literal["digits", "cifar10", "cifar100", "folder", "scenes", "nyud", "pascal_context", "cityscapes"]
+Dataset = Literal["digits", "cifar10", "cifar100", "folder", "scenes", "maps", "nyud", "pascal_context", "cityscapes"]
 
 
 @dataclass
@@ -60,7 +60,8 @@ class DataConfig:
 
     dataset: Dataset = "digits"
     """digits comes with scikit-learn; cifar10 and cifar100 are downloaded, unless `root` has them; folder is yours. For
-    model.name=m3vit: scenes are generated; nyud, pascal_context and cityscapes are read from `root`."""
+    model.name=m3vit: scenes are generated; maps are your own images with a folder of labels per task; nyud,
+    pascal_context and cityscapes are read from `root`."""
     root: str | None = None
     """Folder or archive (.tar, .tar.gz, .zip) of images: [train/ val/ test/]<class>/<image>. For CIFAR also where to
     download to (default: data/). For several tasks the folder of images and of a folder of labels per task."""
@@ -108,10 +109,10 @@ class DataConfig:
     @property
     def several_tasks(self) -> bool:
         """Whether the data set has maps for labels, of several tasks."""
-        return self.dataset in ("scenes", "nyud", "pascal_context", "cityscapes")
+        return self.dataset in ("scenes", "maps", "nyud", "pascal_context", "cityscapes")
 
     def __post_init__(self) -> None:
-        if self.dataset in ("folder", "nyud", "pascal_context", "cityscapes"):
+        if self.dataset in ("folder", "maps", "nyud", "pascal_context", "cityscapes"):
             require(self.root is not None, "root", self.root, "give the folder of images")
         unused = self.dataset in ("digits", "scenes") and self.root is not None
         remedy = f"dataset={self.dataset} has its own images; to read these set dataset=folder"
@@ -154,7 +155,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         name, several = self.model.name, self.data.several_tasks
-        remedy = "needs data.dataset scenes, nyud, pascal_context or cityscapes"
+        remedy = "needs data.dataset scenes, maps, nyud, pascal_context or cityscapes"
         require(name == "vimoe" or several, "model.name", name, remedy)
         require(name == "m3vit" or not several, "data.dataset", self.data.dataset, "needs model.name=m3vit")
 

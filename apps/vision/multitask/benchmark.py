@@ -67,10 +67,11 @@ def _contenders(config: VisionConfig, whole: M3ViT, images: list | None) -> dict
     """By name; the base of all ratios first."""
     names = whole.spec.names
     dense = M3ViT(dense_twin(dataclasses.replace(config.model, pretrained=None)), whole.spec).to(whole.mean.device)
+    what = "all tasks" if len(names) > 1 else names[0]
     models: dict[str, nn.Module] = {
-        "all tasks, a pass each": Outputs(_with_prefix(whole, shared=False), names),
-        "all tasks, shared prefix": Outputs(_with_prefix(whole, shared=True), names),
-        "all tasks, dense, one pass": Outputs(dense.eval(), names),
+        f"{what}, a pass each": Outputs(_with_prefix(whole, shared=False), names),
+        f"{what}, shared prefix": Outputs(_with_prefix(whole, shared=True), names),
+        f"{what}, dense, one pass": Outputs(dense.eval(), names),
     }
     if whole.slice is not None:
         return models

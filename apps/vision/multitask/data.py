@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from apps.errors import UserError
 from apps.loading import ResumableBatches, derive_seed
 from apps.vision.loaders import BatchLoaders
 from apps.vision.multitask.folders import FolderImages, find_items, folder_spec, require_folders
-from apps.vision.multitask.layouts import LAYOUTS
+from apps.vision.multitask.layouts import layout_of
 from apps.vision.multitask.sampling import BalancedBatches, keep_labels
 from apps.vision.multitask.tasks import SceneSpec, TaskSpec
 from apps.vision.multitask.transforms import augment
@@ -129,6 +130,7 @@ class MultiTaskData(BatchLoaders):
                 source = FolderImages(find_items(self.config, split), self.spec, self.config)
             if not source.names:
                 raise UserError(f"tasks.names={','.join(self.spec.names)}: no {split} image has a label of these")
+            _require_labels(source, self.spec, split)
             self._sets[split] = MultiTaskImages(source, self.config, split == "train", self.seed)
         return self._sets[split]
 
@@ -169,6 +171,14 @@ class MultiTaskData(BatchLoaders):
         return super().sampler(**options)
 
 
+def _require_labels(source: HeldImages | FolderImages, spec: SceneSpec, split: str) -> None:
+    """Refuse tasks that no image of a split has labels of: they would be trained on nothing, or measured as nan."""
+    for name, any_known in zip(spec.names, source.known.any(0).tolist(), strict=True):
+        if not any_known:
+            others = ",".join(other for other in spec.names if other != name)
+            raise UserError(f"tasks.names={','.join(spec.names)}: no {split} image has a label of {name}; try {others}")
+
+
 def _hide(label: Tensor, known: Bool[Tensor, " N"], task: TaskSpec) -> Tensor:
     """The labels, unknown for images that do not keep them."""
     return torch.where(known.reshape(-1, *[1] * (label.ndim - 1)), label, label.new_tensor(task.kind.unknown))
@@ -185,7 +195,9 @@ def _whole_spec(config: DataConfig) -> SceneSpec:
 
 def _require_tasks(config: DataConfig, whole: SceneSpec, names: Sequence[str]) -> None:
     """Refuse tasks that the data set has not, or whose labels are missing."""
-    every = whole.names if config.dataset == "scenes" else tuple(task.name for task in LAYOUTS[config.dataset].tasks)
+    every = whole.names
+    if config.dataset != "scenes":
+        every = tuple(task.name for task in layout_of(config.dataset, Path(config.root)).tasks)
     for name in names:
         if name not in every:
             raise UserError(f"tasks.names={name}: {config.dataset} has {', '.join(every)}")

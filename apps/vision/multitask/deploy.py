@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,14 @@ def _held(trained: Trained, small: M3ViT, data: MultiTaskData) -> dict[str, floa
 def _compared(model: M3ViT, small: M3ViT, data: MultiTaskData) -> dict[str, float]:
     """Differences of outputs on test images, and tokens that would have left."""
     task, (name,) = small.slice.task, small.spec.names
-    left, tokens, stayed, count, worst, worst_inside = 0, 0, 0, 0, 0.0, 0.0
+    left, tokens, stayed, count, worst, worst_inside, scale = 0, 0, 0, 0, 0.0, 0.0, 0.0
     for images, _ in data.test_dataloader():
         images = images.to(model.mean.device)
         with moecore.record(small) as recording:
             ours = small(images)[name]
-        difference = (ours - model(images, [task])[task]).abs().flatten(1).amax(1)  # [B]
+        theirs = model(images, [task])[task]
+        difference = (ours - theirs).abs().flatten(1).amax(1)  # [B]
+        scale = max(scale, float(theirs.abs().max()))
         inside = torch.ones(len(images), dtype=torch.bool, device=images.device)
         for gone in leaving(small, recording).values():
             left, tokens = left + int(gone.sum()), tokens + gone.numel()
@@ -154,5 +157,6 @@ def _compared(model: M3ViT, small: M3ViT, data: MultiTaskData) -> dict[str, floa
         "images_inside": float(stayed),
         "tokens_left_share": left / max(tokens, 1),
         "max_difference": worst,
-        "max_difference_inside": worst_inside,
+        "max_difference_inside": worst_inside if stayed else math.nan,
+        "max_relative_difference_inside": worst_inside / max(scale, 1e-12) if stayed else math.nan,
     }

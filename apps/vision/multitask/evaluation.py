@@ -132,6 +132,8 @@ def read_baselines(path: str | Path) -> dict[str, float]:
         UserError: for a file that is no JSON of figures, or a folder without single-task runs.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"tasks.baselines={path}: no such file or folder")
     files = sorted(path.glob("*/test.json")) if path.is_dir() else [path]
     found: dict[str, list[float]] = {}
     for file in files:
@@ -139,12 +141,14 @@ def read_baselines(path: str | Path) -> dict[str, float]:
             figures = json.loads(file.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"tasks.baselines={file}: no JSON file of figures ({error})") from None
+        if not isinstance(figures, dict):
+            raise UserError(f"tasks.baselines={file}: holds no figures by name, such as depth/rmse")
         named = {k: v for k, v in figures.items() if k.count("/") == 1 and isinstance(v, (int, float))}
         if not path.is_dir() or len({name.split("/")[0] for name in named}) == 1:
             for name, value in named.items():
                 found.setdefault(name, []).append(float(value))
     if not found:
-        raise UserError(f"tasks.baselines={path}: no figures of single-task runs, such as depth/rmse, in it")
+        raise UserError(f"tasks.baselines={path}: no figures of single-task runs in it, such as depth/rmse: 0.6")
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

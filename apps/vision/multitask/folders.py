@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from apps.errors import UserError
-from apps.vision.multitask.layouts import LAYOUTS, Labels, Layout
+from apps.vision.multitask.layouts import Labels, Layout, layout_of
 from apps.vision.multitask.tasks import SceneSpec, TaskSpec
 from apps.vision.settings import DataConfig
 from apps.vision.sources import Unreadable, decode, open_image
@@ -48,9 +48,10 @@ def folder_spec(config: DataConfig) -> SceneSpec:
     Raises:
         UserError: there is no such folder, or none with labels in it.
     """
-    root, layout = Path(config.root), LAYOUTS[config.dataset]
+    root = Path(config.root)
     if not root.is_dir():
         raise UserError(f"data.root={root}: no such folder")
+    layout = layout_of(config.dataset, root)
     tasks = tuple(task for task in layout.tasks if _folders(root, layout.labels[task.name]))
     if not tasks:
         wanted = ", ".join(f"{_top(layout.labels[task.name])}/" for task in layout.tasks)
@@ -65,7 +66,8 @@ def require_folders(config: DataConfig, names: Sequence[str]) -> None:
     Raises:
         UserError: it lacks one.
     """
-    root, layout = Path(config.root), LAYOUTS[config.dataset]
+    root = Path(config.root)
+    layout = layout_of(config.dataset, root)
     for name in names:
         if not _folders(root, layout.labels[name]):
             folder = f"no folder {_top(layout.labels[name])}/ with labels of task {name}"
@@ -93,30 +95,44 @@ def find_items(config: DataConfig, split: str) -> list[Item]:
     Raises:
         UserError: a list or an image is missing, or an image has no label of any task.
     """
-    layout, root = LAYOUTS[config.dataset], Path(config.root)
-    names = _listed(root, layout, "val" if split == "test" else "train")
+    root = Path(config.root)
+    layout = layout_of(config.dataset, root)
+    names = _listed(root, layout, "val" if split == "test" else "train", config.test_fraction)
     if split != "test":
         if len(names) < 2:
             raise UserError(f"data.root={root}: {len(names)} training image(s); one more is needed for validation")
-        count = max(1, min(round(config.val_fraction * len(names)), len(names) - 1))
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        chosen = order[:count] if split == "val" else order[count:]
-        names = [names[i] for i in chosen.sort().values.tolist()]
+        held, rest = _cut(names, config.val_fraction)
+        names = held if split == "val" else rest
     return [_find(root, layout, name) for name in names]
 
 
-def _listed(root: Path, layout: Layout, split: str) -> list[str]:
+def _cut(names: list[str], share: float) -> tuple[list[str], list[str]]:
+    """(a share of the names, always the same, at least one; the rest, at least one), in order."""
+    count = max(1, min(round(share * len(names)), len(names) - 1))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return tuple([names[i] for i in part.sort().values.tolist()] for part in (order[:count], order[count:]))
+
+
+def _listed(root: Path, layout: Layout, split: str, test_fraction: float) -> list[str]:
     """Names of the images that the data set counts to a split."""
+    if layout.own and not (root / layout.lists.format(split="train")).is_file():
+        files = sorted(path for path in (root / "images").rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if len(files) < 3:
+            raise UserError(f"data.root={root}: {len(files)} image(s) in images/; three are needed to train and test")
+        names = [file.relative_to(root / "images").with_suffix("").as_posix() for file in files]
+        held, rest = _cut(names, test_fraction)
+        return held if split == "val" else rest
     if layout.lists is None:
         before, after = layout.image.split("{}")
         files = sorted((root / before / split).rglob(f"*{after}.*"))
         names = [file.relative_to(root / before).as_posix().removesuffix(f"{after}{file.suffix}") for file in files]
-        where = f"{before}{split}/"
+        where = f"{before}{split}/, which are to be called <city>/<name>{after}.png"
     else:
         where = layout.lists.format(split=split)
         if not (root / where).is_file():
             raise UserError(f"data.root={root}: no file {where}, which names the images of a split, one a line")
-        names = (root / where).read_text(encoding="utf-8").split()
+        lines = (root / where).read_text(encoding="utf-8-sig").split()
+        names = [line.removesuffix(Path(line).suffix) if line.endswith(IMAGE_SUFFIXES) else line for line in lines]
     if not names:
         raise UserError(f"data.root={root}: no images in {where}")
     return names
@@ -151,6 +167,7 @@ class FolderImages:
     def __init__(self, items: Sequence[Item], spec: SceneSpec, config: DataConfig) -> None:
         items = [item for item in items if any(name in item.labels for name in spec.names)]
         self.items, self.spec, self.config = items, spec, config
+        self.layout = layout_of(config.dataset, Path(config.root))
         self.names = [str(item.image) for item in items]
         known = [[name in item.labels for name in spec.names] for item in items]
         self.known: Bool[Tensor, "N T"] = torch.tensor(known, dtype=torch.bool).reshape(len(items), len(spec.names))
@@ -162,13 +179,14 @@ class FolderImages:
         """Images and labels, brought to the spec's size; without those that are skipped."""
         read = [pair for pair in map(self._read, indices) if pair is not None]
         if not read:
-            raise UserError(f"{self.names[indices[0]]}: no image of a whole batch can be read")
+            remedy = "take those out that cannot, or raise data.batch_size"
+            raise UserError(f"{self.names[indices[0]]}: nothing of a whole batch can be read; {remedy}")
         labels = {name: torch.stack([label[name] for _, label in read]) for name in self.spec.names}
         return torch.stack([image for image, _ in read]), labels
 
     def _read(self, index: int) -> tuple[UInt8[Tensor, "3 H W"], dict[str, Tensor]] | None:
         try:
-            return read_item(self.items[index], LAYOUTS[self.config.dataset], self.spec)
+            return read_item(self.items[index], self.layout, self.spec)
         except Unreadable as error:
             if self.config.on_error == "raise":
                 raise UserError(f"{error}; mend it, or --data.on_error skip") from error
@@ -208,9 +226,14 @@ def _read_label(item: Item, layout: Layout, task: TaskSpec, size: tuple[int, int
         raise Unreadable(f"{file}: not a label of {task.name} ({error})") from error
     if array is None:
         return None
+    if array.ndim != (3 if task.name == "normals" else 2):
+        shape, wanted = " x ".join(map(str, array.shape)), "three numbers" if task.name == "normals" else "one number"
+        raise UserError(f"{file}: is {shape}; a label of {task.name} has {wanted} for each pixel")
     _require_size(file, array, item, size)
     if task.classes and array.max() >= len(task.classes):
-        raise UserError(f"{file}: class {array.max()} of {task.name}, which has 0 to {len(task.classes) - 1}; mend it")
+        raise UserError(
+            f"{file}: class {array.max()} of {task.name}, counted from 0, where there are {len(task.classes)}; mend it"
+        )
     if labels.only is not None and item.context is not None:
         classes = _load(item.context, None)
         _require_size(item.context, classes, item, size)
@@ -236,7 +259,7 @@ def _load(file: Path, key: str | None) -> Any:
         try:
             return np.load(file, allow_pickle=False).squeeze()
         except (OSError, EOFError, ValueError) as error:
-            raise Unreadable(f"{file}: unreadable label ({error})") from error
+            raise Unreadable(f"{file}: unreadable label (damaged, or holds objects instead of numbers)") from error
     if file.suffix == ".mat":
         return _load_mat(file, key)
     try:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 
-from apps.vision.multitask.tasks import UNKNOWN, TaskSpec
+from apps.errors import UserError
+from apps.vision.multitask.tasks import TASKS, UNKNOWN, TaskSpec
 
 CITYSCAPES_FOCAL, CITYSCAPES_BASELINE = 2262.52, 0.209313
 """Pixels and metres of the camera that most of Cityscapes was taken with."""
@@ -49,6 +51,11 @@ def yes_or_no(array: Shaped[ndarray, "H W"]) -> Float[ndarray, "H W"]:
     return (array > (127 if array.max(initial=0) > 1 else 0.5)).astype(np.float32)
 
 
+def yes_no_or_unknown(array: Shaped[ndarray, "H W"]) -> Float[ndarray, "H W"]:
+    """0, 1, and 255 for unknown."""
+    return np.where(array == 255, np.float32(UNKNOWN), (array > 0).astype(np.float32))
+
+
 def metres(array: Shaped[ndarray, "H W"]) -> Float[ndarray, "H W"]:
     """Depth in metres, or whole millimetres; unknown (0) where not positive and finite."""
     depth = array.astype(np.float32) * np.float32(0.001 if np.issubdtype(array.dtype, np.integer) else 1)
@@ -62,11 +69,15 @@ def metres_from_disparity(array: Shaped[ndarray, "H W"]) -> Float[ndarray, "H W"
     return np.where(disparity > 0, depth, 0).astype(np.float32)
 
 
+def mirrored_vectors(array: Shaped[ndarray, ...]) -> Float[ndarray, "H W 3"]:
+    """Normals as `unit_vectors` reads them, of files that have x to the left."""
+    return unit_vectors(array) * np.array([-1, 1, 1], dtype=np.float32)
+
+
 def unit_vectors(array: Shaped[ndarray, ...]) -> Float[ndarray, "H W 3"]:
     """Normals, of components in [-1, 1] or 8-bit in [0, 255]; what is much shorter than 1 is unknown."""
     array = array if array.shape[-1] == 3 else np.moveaxis(array, 0, -1)
     vectors = array.astype(np.float32) / np.float32(127.5) - 1 if array.dtype == np.uint8 else array.astype(np.float32)
-    vectors = vectors * np.array([-1, 1, 1], dtype=np.float32)
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.where(length > 0.5, vectors / np.maximum(length, 0.5), np.float32(0))
 
@@ -134,6 +145,8 @@ class Layout:
     width: int
     pad: bool = False
     """Keep proportions: make larger images smaller, then fill up around them; else resize to the size."""
+    own: bool = False
+    """The user's own, where lists of names may be missing."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -189,7 +202,7 @@ NYUD = Layout(
     labels={
         "semseg": Labels(("segmentation/{}",), numbers_from_one, "segmentation"),
         "depth": Labels(("depth/{}",), metres, "depth"),
-        "normals": Labels(("normals/{}",), unit_vectors, "normals"),
+        "normals": Labels(("normals/{}",), mirrored_vectors, "normals"),
         "edges": Labels(("edge/{}",), yes_or_no, "edge"),
     },
     height=480,
@@ -213,7 +226,7 @@ PASCAL_CONTEXT = Layout(
         "semseg": Labels(("semseg/VOC12/{}", "semseg/pascal-context/{}", "semseg/{}"), numbers_from_zero),
         "parts": Labels(("human_parts/{}",), human_parts, "anno"),
         "saliency": Labels(("sal_distill/{}",), yes_or_no),
-        "normals": Labels(("normals_distill/{}",), unit_vectors, only=(_CONTEXT, _WITH_NORMALS)),
+        "normals": Labels(("normals_distill/{}",), mirrored_vectors, only=(_CONTEXT, _WITH_NORMALS)),
         "edges": Labels((_CONTEXT, "pascal-context/{}"), boundaries, "LabelMap"),
     },
     height=512,
@@ -240,3 +253,40 @@ CITYSCAPES = Layout(
 
 LAYOUTS = {"nyud": NYUD, "pascal_context": PASCAL_CONTEXT, "cityscapes": CITYSCAPES}
 """By the names of `data.dataset`."""
+
+
+OWN = {
+    "semseg": numbers_from_zero,
+    "parts": numbers_from_zero,
+    "saliency": yes_no_or_unknown,
+    "depth": metres,
+    "normals": unit_vectors,
+    "edges": yes_no_or_unknown,
+}
+"""Readers of labels in one's own folders, which are named by the task."""
+
+
+def own_layout(root: Path) -> Layout:
+    """The layout of one's own data: images/, a folder by the name of each task, and what classes there are.
+
+    Names of classes are lines of `<task>/classes.txt`. Lists of names, train.txt and val.txt, may be missing.
+
+    Raises:
+        UserError: if the classes of a task are not named.
+    """
+    tasks = []
+    for name in OWN:
+        classes: tuple[str, ...] = ()
+        if TASKS[name].channels is None and (root / name).is_dir():
+            file = root / name / "classes.txt"
+            if not file.is_file():
+                raise UserError(f"data.root={root}: no file {name}/classes.txt, with the names of classes 0, 1, ...")
+            classes = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
+        tasks.append(TaskSpec(name, classes))
+    labels = {name: Labels((f"{name}/{{}}",), read) for name, read in OWN.items()}
+    return Layout("images/{}", "{split}.txt", tuple(tasks), labels, 224, 224, own=True)
+
+
+def layout_of(dataset: str, root: Path) -> Layout:
+    """The layout of a data set by its name; of one's own data as its folder has it."""
+    return own_layout(root) if dataset == "maps" else LAYOUTS[dataset]

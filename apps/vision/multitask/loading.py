@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from apps.errors import UserError
 from apps.runs import load_checkpoint
 from apps.training import load_weights
-from apps.tree import plain, restore
+from apps.tree import flatten, plain, restore
 from apps.vision.models.m3vit import M3ViT, Slice
 from apps.vision.models.task_slice import slice_model
 from apps.vision.multitask.tasks import SceneSpec
@@ -37,15 +38,47 @@ def load_trained(path: Path, config: VisionConfig | None = None) -> Trained:
     Raises:
         UserError: if the checkpoint is a classifier's, or the weights are of another architecture.
     """
-    checkpoint = load_checkpoint(path, "vision")
-    if "scenes" not in checkpoint:
-        raise UserError(f"{path}: is a classifier; leave model.name as it was trained, vimoe")
-    config = config or restore(VisionConfig, checkpoint["config"])
+    checkpoint = load_run(path)
+    stored = restore(VisionConfig, checkpoint["config"])
+    _refuse_changes(stored, config or stored, ("tasks.names", "data.image_size", "data.image_width"), "the model is of")
+    config = config or stored
     without_pretrained = dataclasses.replace(config.model, pretrained=None)
     model = M3ViT(without_pretrained, SceneSpec.from_dict(checkpoint["scenes"]))
     if "slice" in checkpoint:
         model = slice_model(model, Slice(**checkpoint["slice"]))
     return Trained(load_weights(model, checkpoint, path, config.trainer), config, path, checkpoint)
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """A checkpoint of several tasks, or of one, as plain data.
+
+    Raises:
+        UserError: for that of a classifier.
+    """
+    checkpoint = load_checkpoint(path, "vision")
+    if "scenes" not in checkpoint:
+        raise UserError(f"{path}: is a classifier of model.name=vimoe; give a run of model.name=m3vit")
+    return checkpoint
+
+
+def refuse_other_run(checkpoint: dict[str, Any], config: VisionConfig, path: Path) -> None:
+    """Raise a one-line error unless training can go on from a checkpoint with these settings.
+
+    Gates and heads go by the number of their task, weights of losses by the way they are made.
+    """
+    if "slice" in checkpoint:
+        raise UserError(
+            f"ckpt_path={path}: holds {checkpoint['slice']['task']} alone; training goes on from whole runs"
+        )
+    stored = restore(VisionConfig, checkpoint["config"])
+    _refuse_changes(stored, config, ("tasks.names", "tasks.weighting"), "the run was started with")
+
+
+def _refuse_changes(stored: VisionConfig, config: VisionConfig, names: Sequence[str], what: str) -> None:
+    before, now = flatten(plain(stored)), flatten(plain(config))
+    for name in names:
+        if before[name] != now[name]:
+            raise UserError(f"{name}={now[name]}: {what} {before[name]}; leave it as it was, or train anew")
 
 
 def slice_checkpoint(whole: Trained, small: M3ViT) -> dict[str, Any]:

@@ -297,8 +297,8 @@ def delta_per_task(
         baseline = baselines.get(name)
         if not baseline or not math.isfinite(baseline):
             raise UserError(
-                f"tasks.baselines[{name}]={baseline}: must be a figure other than 0; add that of a model trained for "
-                f"{task} alone"
+                f"tasks.baselines: {name} is {'missing' if baseline is None else baseline}; add the figure of a model "
+                f"trained for {task} alone, other than 0"
             )
         change = 100 * (figures[name] - baseline) / baseline
         deltas[task] = change if TASKS[task].higher_is_better else -change

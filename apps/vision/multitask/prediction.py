@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from moecore.files import atomic_path
 def predict_images(model: M3ViT, source: Path, target: Path, config: DataConfig) -> str:
     """Write the predictions for an image, or for all images of a folder, at the size of each image.
 
-    Below `target`, for every image `<name>/<task>.png` to look at and `<name>/<task>.npy` with the numbers: classes
+    Below `target`, for every image `<name>/<task>.png` (with the suffix in the name where two images differ in nothing
+    else) to look at and `<name>/<task>.npy` with the numbers: classes
     int16, saliency and edges probabilities, depth metres, normals [3, H, W]. `predictions.json` lists the images with
     their classes.
 
@@ -46,6 +48,7 @@ def predict_images(model: M3ViT, source: Path, target: Path, config: DataConfig)
     if target.exists() and not target.is_dir():
         raise UserError(f"output={target}: is a file; the maps of several tasks need a folder")
     files = image_files(source)
+    stems = Counter(file.with_suffix("") for file in files)
     rows: list[dict[str, Any]] = []
     skipped = 0
     for file in track(files, "predicting", show=len(files) > 1):
@@ -56,7 +59,8 @@ def predict_images(model: M3ViT, source: Path, target: Path, config: DataConfig)
                 raise UserError(f"{file}: unreadable image ({error}); --data.on_error skip leaves it out") from error
             skipped += 1
             continue
-        name = file.relative_to(source).with_suffix("") if source.is_dir() else Path(file.stem)
+        alone = stems[file.with_suffix("")] == 1  # else a.png and a.jpg would go to one folder
+        name = (file.with_suffix("") if alone else file).relative_to(source if source.is_dir() else file.parent)
         found = predict_image(model, image.float() / 255)
         rows.append({"file": str(file), "folder": str(name), **_write(model, found, target / name)})
     output.write_json(target / "predictions.json", rows)

@@ -82,6 +82,8 @@ def write_report(
 
 
 def _other_conflict(conflict: Conflict | None, beside: Path) -> Conflict:
+    if not beside.exists():
+        raise UserError(f"beside={beside}: no such run folder")
     other = load_conflict(run_folder(beside) if beside.is_file() else beside)
     if other is None:
         raise UserError(f"beside={beside}: no conflict was measured there; run `evaluate --conflict true` on it first")

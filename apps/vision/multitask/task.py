@@ -18,6 +18,7 @@ from apps.vision.multitask.metrics import make_measure
 from apps.vision.multitask.tasks import SceneSpec
 from apps.vision.multitask.weighting import make_weighting
 from apps.vision.settings import VisionConfig
+from moecore.errors import require
 
 
 class M3ViTTask(LightningModule):
@@ -33,6 +34,10 @@ class M3ViTTask(LightningModule):
         self.config = config
         self.model = M3ViT(config.model, spec)
         self.weighting = make_weighting(config.tasks, spec.names)
+        remedy = "needs gates that know the task: model.moe.score per_task or task_conditioned"
+        require(
+            not config.tasks.specialise or self.model.task_aware, "tasks.specialise", config.tasks.specialise, remedy
+        )
         self.recording = moecore.Recording()
         """What the last training batch routed; read and cleared by `RoutingMonitor`."""
         # Edges are matched one by one in the evaluation; here, after every epoch, that would take too long.

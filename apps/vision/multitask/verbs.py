@@ -8,13 +8,14 @@ from typing import Any
 
 import moecore
 from apps import output, training
-from apps.runs import BEST, LAST, Runs, load_checkpoint, run_folder
+from apps.errors import UserError
+from apps.runs import BEST, LAST, Runs, run_folder
 from apps.verbs import Benchmark, Search, Train
 from apps.vision.arguments import Evaluate, Export, Predict, Report
 from apps.vision.multitask.data import MultiTaskData
 from apps.vision.multitask.evaluation import Evaluation, against_baselines
 from apps.vision.multitask.evaluation import evaluate as measure
-from apps.vision.multitask.loading import Trained, load_trained
+from apps.vision.multitask.loading import Trained, load_run, load_trained, refuse_other_run
 from apps.vision.multitask.task import M3ViTTask
 from apps.vision.settings import VisionConfig
 
@@ -25,14 +26,19 @@ def train(config: VisionConfig, args: Train, source: str | None) -> None:
     runs = Runs(config.run.root, "vision")
     name = run_name(config, source)
     resume = runs.checkpoint(args.ckpt_path, name, resume=True) if args.ckpt_path else None
+    checkpoint = load_run(resume) if resume else None
+    if checkpoint:
+        refuse_other_run(checkpoint, config, resume)
     data = MultiTaskData(config.data, config.tasks.names, config.run.seed)
+    data.images("train")  # what is wrong with the data is found before a folder is made
     task = M3ViTTask(config, data.spec)
-    if resume:
-        training.check_fits(load_checkpoint(resume, "vision")["state_dict"], task, resume)
+    if checkpoint:
+        training.check_fits(checkpoint["state_dict"], task, resume)
     folder = run_folder(resume) if resume else training.new_folder(runs, name)
     trainer = training.make_trainer(config.trainer, config.run, config.optim.ema_decay, folder, "val/loss", "min")
     if trainer.is_global_zero:
-        print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)", flush=True)
+        print(f"run folder: {folder}  (`--ckpt_path last` continues it if it is interrupted)")
+        print(f"tasks: {', '.join(data.spec.names)}", flush=True)
     training.fit(trainer, task, data, folder, config, resume)
     if trainer.is_global_zero:
         _finish(config, args, folder, data)
@@ -101,7 +107,8 @@ def report(config: VisionConfig, args: Report, source: str | None) -> None:
 
     trained, data = _loaded(config, args.ckpt_path)
     evaluation = measure(trained.model, data.test_dataloader(), config.trainer.enable_progress_bar)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "report.html"
+    own = "report" if trained.model.slice is None else trained.path.stem  # beside that of the whole run
+    target = Path(args.output) if args.output else run_folder(trained.path) / f"{own}.html"
     beside = None if args.beside is None else Path(args.beside)
     print(f"report: {write_report(trained, evaluation, data, target, beside)}")
 
@@ -114,6 +121,8 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
     folder = run_folder(trained.path)
     if args.format == "task":
         target = Path(args.output) if args.output else folder / f"{args.task}.ckpt"
+        if trained.model.slice is None and target.parent.name == "checkpoints":
+            raise UserError(f"output={target}: is where whole runs are kept; give another file")
         figures = export_task(trained, data, target, args)
     else:
         target = Path(args.output) if args.output else folder / f"{args.task or 'model'}.onnx"

@@ -74,10 +74,10 @@ def test_splits_are_disjoint_and_always_the_same(tmp_path):
 def test_normals_in_eight_bits_are_left_up_and_to_the_camera():
     pixels = np.array([[[255, 128, 128], [128, 255, 128], [128, 128, 255], [128, 128, 128]]], dtype=np.uint8)
     expected = [[[-1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]]
-    np.testing.assert_allclose(layouts.unit_vectors(pixels), expected, atol=0.006)
+    np.testing.assert_allclose(layouts.mirrored_vectors(pixels), expected, atol=0.006)
     floats = np.array([[[-2.0, 0, 0], [0, np.nan, 1]]])
-    np.testing.assert_array_equal(layouts.unit_vectors(floats), [[[1, 0, 0], [0, 0, 0]]])
-    np.testing.assert_array_equal(layouts.unit_vectors(np.moveaxis(floats, -1, 0)), [[[1, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(layouts.mirrored_vectors(floats), [[[1, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(layouts.mirrored_vectors(np.moveaxis(floats, -1, 0)), [[[1, 0, 0], [0, 0, 0]]])
 
 
 def test_depth_by_hand():
@@ -202,7 +202,7 @@ def test_a_label_of_another_size_is_one_line(tmp_path):
 def test_a_class_that_there_is_not_is_one_line(tmp_path):
     drawn.draw_folder("nyud", tmp_path)
     bad = drawn.save(tmp_path / "segmentation" / "val_1", np.full((24, 32), 41, np.uint8), "png")
-    with pytest.raises(UserError, match=rf"^{bad}: class 40 of semseg, which has 0 to 39; mend it$"):
+    with pytest.raises(UserError, match=rf"^{bad}: class 40 of semseg, counted from 0, where there are 40; mend it$"):
         read(settings("nyud", tmp_path), "test")
 
 
@@ -219,7 +219,10 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path, name):
     images = FolderImages(find_items(config, "test"), folder_spec(config), config)
     assert len(images.read([0, 1, 2])[0]) == 2
     assert images.unreadable.tolist() == [False, True, False]
-    with pytest.raises(UserError, match=r"val_1\.png: no image of a whole batch can be read$"):
+    with pytest.raises(
+        UserError,
+        match=r"val_1\.png: nothing of a whole batch can be read; take those out that cannot, or raise data\.batch",
+    ):
         images.read([1])
 
 
@@ -292,7 +295,9 @@ def test_missing_lists_and_images(tmp_path):
     with pytest.raises(UserError, match=rf"^data\.root={tmp_path}: no file gt_sets/train\.txt, which names the images"):
         find_items(config, "val")
     (tmp_path / "gtFine").mkdir()
-    with pytest.raises(UserError, match=rf"^data\.root={tmp_path}: no images in leftImg8bit/train/$"):
+    with pytest.raises(
+        UserError, match=rf"^data\.root={tmp_path}: no images in leftImg8bit/train/, which are to be called "
+    ):
         find_items(settings("cityscapes", tmp_path), "train")
 
 
@@ -303,3 +308,59 @@ def test_an_image_without_any_label_is_named(tmp_path):
     image = tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png"
     with pytest.raises(UserError, match=rf"^{image}: no label of any task; add one, or take the image off its list$"):
         find_items(settings("cityscapes", tmp_path), "test")
+
+
+def draw_own(root: Path, count: int = 8) -> dict[str, np.ndarray]:
+    """One's own folder as the documentation has it; labels of the first image, as written."""
+    rng = np.random.default_rng(0)
+    written: dict[str, np.ndarray] = {}
+    for task in ("images", "semseg", "depth", "normals", "edges"):
+        (root / task).mkdir(parents=True)
+    (root / "semseg" / "classes.txt").write_text("sky\nearth\nsea\n")
+    for i in range(count):
+        normals = rng.normal(size=(24, 32, 3))
+        labels = {
+            "semseg": rng.choice([0, 1, 2, 255], (24, 32)).astype(np.uint8),
+            "depth": rng.uniform(1, 5, (24, 32)).astype(np.float32),
+            "normals": (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32),
+            "edges": rng.choice([0, 1, 255], (24, 32)).astype(np.uint8),
+        }
+        Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        Image.fromarray(labels["semseg"]).save(root / "semseg" / f"{i}.png")
+        Image.fromarray(labels["edges"]).save(root / "edges" / f"{i}.png")
+        for task in ("depth", "normals"):
+            np.save(root / task / f"{i}.npy", labels[task])
+        written = written or labels
+    return written
+
+
+def test_ones_own_maps_are_read_in_the_conventions_of_the_labels(tmp_path):
+    written = draw_own(tmp_path)
+    spec = folder_spec(settings("maps", tmp_path))
+    assert spec.names == ("semseg", "depth", "normals", "edges")
+    assert spec.task("semseg").classes == ("sky", "earth", "sea")
+    config = settings("maps", tmp_path)
+    splits = {split: [item.name for item in find_items(config, split)] for split in ("train", "val", "test")}
+    assert sorted(name for names in splits.values() for name in names) == [str(i) for i in range(8)]
+    (split,) = (split for split, names in splits.items() if "0" in names)
+    source = FolderImages(find_items(config, split), spec, config)
+    _, labels = source.read([splits[split].index("0")])
+    unknown = {name: written[name].astype(np.int64) for name in ("semseg", "edges")}
+    for name, label in unknown.items():
+        np.testing.assert_array_equal(labels[name][0], np.where(label == 255, -1, label))
+    np.testing.assert_array_equal(labels["depth"][0], written["depth"])
+    np.testing.assert_allclose(labels["normals"][0], written["normals"].transpose(2, 0, 1), atol=1e-6)
+    (tmp_path / "train.txt").write_text("\n".join(f"{i}.png" for i in range(6)))
+    (tmp_path / "val.txt").write_text("\ufeff6\n7\n", encoding="utf-8")
+    assert [item.name for item in find_items(config, "test")] == ["6", "7"]
+    (tmp_path / "semseg" / "classes.txt").unlink()
+    with pytest.raises(UserError, match=rf"^data\.root={tmp_path}: no file semseg/classes\.txt"):
+        folder_spec(config)
+
+
+def test_a_label_in_colours_is_one_line(tmp_path):
+    drawn.draw_folder("nyud", tmp_path)
+    for file in (tmp_path / "segmentation").iterdir():
+        Image.fromarray(np.zeros((24, 32, 3), dtype=np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"is 24 x 32 x 3; a label of semseg has one number for each pixel$"):
+        read(settings("nyud", tmp_path), "test")

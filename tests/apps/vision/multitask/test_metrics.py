@@ -274,5 +274,5 @@ def test_worse_is_negative_for_errors_too():
 @pytest.mark.parametrize("baseline", [{}, {"edges/odsf": 0.0}, {"edges/odsf": math.nan}, {"edges/odsf": None}])
 def test_a_missing_baseline_is_named(baseline):
     baselines = {name: value for name, value in PASCAL_SINGLE.items() if name != "edges/odsf"} | baseline
-    with pytest.raises(UserError, match=r"^tasks\.baselines\[edges/odsf\]=\S+: must be .* edges alone$"):
+    with pytest.raises(UserError, match=r"^tasks\.baselines: edges/odsf is \S+; add the figure .* edges alone, other"):
         delta_m(PASCAL, baselines, names_of(PASCAL))

@@ -145,6 +145,15 @@ def test_predictions_are_written_at_the_size_of_the_image(cli, scenes_run, train
     np.testing.assert_allclose(np.linalg.norm(np.load(folder / "normals.npy"), axis=0), 1, atol=1e-4)
 
 
+def test_images_that_differ_in_their_suffix_alone_have_folders_of_their_own(cli, scenes_run, draw, tmp_path):
+    draw(tmp_path / "in", 1)
+    draw(tmp_path / "in", 1, number=1, suffix=".jpg")
+    assert cli("predict", "--ckpt_path", scenes_run, "--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
+    assert [row["folder"] for row in figures_of(tmp_path / "out" / "predictions.json")] == ["0.jpg", "0.png"]
+    depths = [np.load(tmp_path / "out" / name / "depth.npy") for name in ("0.jpg", "0.png")]
+    assert not np.array_equal(*depths)
+
+
 def test_the_size_of_training_is_predicted_as_it_is_evaluated(trained, test_images):
     images, _ = test_images
     with torch.no_grad():
@@ -287,6 +296,7 @@ def test_search_tries_settings_of_several_tasks(cli, tiny_tasks, tmp_path):
         (["--tasks.weights.semseg=-1"], "tasks.weights.semseg=-1"),
         (["--model.name=vimoe"], "data.dataset='scenes': needs model.name=m3vit"),
         (["--data.dataset=digits"], "model.name='m3vit': needs data.dataset scenes"),
+        (["--tasks.specialise=1", "--model.moe.score=linear"], "tasks.specialise=1.0: needs gates that know the task"),
         (["--data.image_size=20"], "model.patch_size=8: must divide the image size 20 x 24"),
         (["--data.dataset=nyud"], "data.root=None: give the folder of images"),
         (["--data.dataset=nyud", "--data.root=/nowhere"], "data.root=/nowhere: "),
@@ -296,6 +306,28 @@ def test_search_tries_settings_of_several_tasks(cli, tiny_tasks, tmp_path):
 def test_wrong_settings_are_one_line(cli, tiny_tasks, tmp_path, argv, line):
     assert cli("train", *tiny_tasks(tmp_path), *argv).line.startswith(line)
     assert not (tmp_path / "vision").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "argv", "line"),
+    [
+        ("evaluate", ["--data.image_width=64"], "data.image_width=64: the model is of 48; leave it as it was"),
+        ("evaluate", ["--tasks.names=depth"], "tasks.names=['depth']: the model is of []; leave it as it was"),
+        ("train", ["--tasks.names=depth,edges"], "tasks.names=['depth', 'edges']: the run was started with []"),
+        ("train", ["--tasks.weighting=dwa"], "tasks.weighting=dwa: the run was started with fixed"),
+        ("report", ["--beside=/nowhere"], "beside=/nowhere: no such run folder"),
+    ],
+)
+def test_what_a_run_was_trained_with_stays(cli, scenes_run, verb, argv, line):
+    assert cli(verb, "--ckpt_path", scenes_run, *argv, QUIET).line.startswith(line)
+
+
+def test_a_model_for_one_task_never_takes_the_place_of_a_run(cli, scenes_run):
+    best = scenes_run / "checkpoints" / "best.ckpt"
+    before = best.read_bytes()
+    line = cli("export", "--ckpt_path", scenes_run, "--format=task", "--task=depth", "--output", best, QUIET).line
+    assert line == f"output={best}: is where whole runs are kept; give another file"
+    assert best.read_bytes() == before
 
 
 def test_verbs_of_one_model_refuse_the_other(cli, scenes_run, tiny_run):
