@@ -187,8 +187,8 @@ def _slices(page: Page, trained: Trained, data: MultiTaskData) -> None:
         experts = {name_of(layer): len(kept) for layer, kept in small.slice.experts.items()}
         rows.append(
             {"task": task, **experts, "parameters": short(cost.total_params)}
-            | {"of all, %": round(100 * cost.total_params / whole.total_params, 1)}
-            | {"multiply-adds": short(cost.macs), "of all, % ": round(100 * cost.macs / whole.macs, 1)}
+            | {"% of all parameters": round(100 * cost.total_params / whole.total_params, 1)}
+            | {"multiply-adds": short(cost.macs), "% of all multiply-adds": round(100 * cost.macs / whole.macs, 1)}
         )
     page.section("Models for one task").text(
         "Experts that a task's gates choose on training images, layer by layer, and what a model with these alone "
