@@ -17,6 +17,7 @@ from apps import tree
 from apps.cli import App, main
 from apps.errors import UserError
 from apps.verbs import VERBS
+from apps.vision import APP
 from apps.vision.settings import VisionConfig
 from moecore.files import write_atomic
 from tests.apps.processes import start
@@ -61,7 +62,7 @@ def test_help_is_quick_and_imports_no_torch(argv):
 def test_overview_names_every_verb(cli, argv):
     done = cli(*argv)
     assert (done.code, done.err) == (0, "")
-    for name, verb in VERBS.items():
+    for name, verb in APP.verbs.items():
         assert re.search(rf"^  {name} +{re.escape(verb.__doc__.splitlines()[0])}$", done.out, re.M)
 
 
@@ -69,7 +70,7 @@ def test_overview_names_every_verb(cli, argv):
 def test_help_of_a_verb_lists_its_settings_with_their_words(cli, verb):
     done = cli(verb, "--help")
     assert (done.code, done.err) == (0, "")
-    for name in [*tree.flatten(tree.plain(VisionConfig())), *VERBS[verb].__dataclass_fields__]:
+    for name in [*tree.flatten(tree.plain(VisionConfig())), *APP.verbs[verb].__dataclass_fields__]:
         assert re.search(rf"--{re.escape(name)}\b|^  {name}\b", done.out, re.M), name
     words = " ".join(done.out.split())
     assert "Routed experts per layer." in words
@@ -89,7 +90,7 @@ def test_help_of_a_verb_lists_its_settings_with_their_words(cli, verb):
         (["train", "--model.moe.num_experts", "four"], r"model.moe.num_experts=four: expected a int"),
         (["train", "--trainer.max_epochs", "1.5"], r"trainer.max_epochs=1.5: expected a int"),
         (["train", "--model.share_router", "maybe"], r"model.share_router=maybe: expected a bool"),
-        (["train", "--data.dataset", "mnist"], r"data.dataset=mnist: expected one of 'digits', 'cifar10', .*'folder'"),
+        (["train", "--data.dataset", "mnist"], r"data.dataset=mnist: expected one of 'digits', .*'cityscapes'"),
         (["train", "--model.moe.unit", "image"], r"model.moe.unit=image: expected one of 'token', .* or a int"),
         (["train", "--data.crop_scale", "1"], r"data.crop_scale=1: expected a tuple"),
         (["train", "--model.moe.num_experts", "0"], r"model.moe.num_experts=0: must be at least 1"),
