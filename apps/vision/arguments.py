@@ -42,6 +42,8 @@ class Export(verbs.Export):
     format: Literal["onnx", "task"] = "onnx"
     """onnx: one file, every expert computed (dense form). task: m3vit's model for one task, a checkpoint with only the
     experts that its gates choose, for evaluate, predict, report and export."""
+    output: str | None = None
+    """File to write; default: model.onnx, or for one task <task>.onnx or <task>.ckpt, in the run folder."""
     task: str | None = None
     """m3vit: the task of format=task; with onnx the only output, of the model for that task."""
     margin: float = 0.0
