@@ -115,7 +115,8 @@ class DataConfig:
         if self.dataset in ("folder", "maps", "nyud", "pascal_context", "cityscapes"):
             require(self.root is not None, "root", self.root, "give the folder of images")
         unused = self.dataset in ("digits", "scenes") and self.root is not None
-        remedy = f"dataset={self.dataset} has its own images; to read these set dataset=folder"
+        reader = "folder" if self.dataset == "digits" else "maps"
+        remedy = f"dataset={self.dataset} has its own images; to read these set dataset={reader}"
         require(not unused, "root", self.root, remedy)
         for name in ("image_size", "image_width"):
             size = getattr(self, name)
@@ -164,7 +165,7 @@ def idle(config: VisionConfig) -> dict[str, str]:
     """Prefixes of settings that do nothing beside the others, with what would change that."""
     unused = {"model.moe.": "give --model.moe_layers"} if config.model.moe_layers == "none" else {}
     if config.model.name == "m3vit":
-        of_classes = ("label_smoothing", "data.flip", "data.crop_", "data.rand_augment", "data.random_erasing")
+        of_classes = ("label_smoothing", "data.crop_", "data.rand_augment", "data.random_erasing")
         return unused | dict.fromkeys((*of_classes, "data.mixup", "data.cutmix"), "give --model.name vimoe")
     of_tasks = ("tasks.", "model.m3vit.", "data.scenes.", "data.image_width", "data.zoom", "data.jitter")
     return unused | dict.fromkeys((*of_tasks, "data.balance_tasks"), "give --model.name m3vit")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -64,20 +64,13 @@ class BalancedBatches(ResumableBatches):
 
     Args:
         known: which image has labels of which task.
-        batch_size, seed, position, limit, rank, world: as of `ResumableBatches`.
+        batch_size: images per batch and process.
+        seed: of the draws.
+        options: position, limit, rank and world, as of `ResumableBatches`.
     """
 
-    def __init__(
-        self,
-        known: Bool[Tensor, "N T"],
-        batch_size: int,
-        seed: int,
-        position: Callable[[], int] = lambda: 0,
-        limit: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(len(known), batch_size, seed, position, limit, rank, world)
+    def __init__(self, known: Bool[Tensor, "N T"], batch_size: int, seed: int, **options: Any) -> None:
+        super().__init__(len(known), batch_size, seed, **options)
         self.known = known
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

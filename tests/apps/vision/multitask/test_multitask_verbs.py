@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 
 import moecore
+from apps import search_settings
+from apps.errors import UserError
+from apps.vision import APP
 from apps.vision.multitask.data import MultiTaskData
 from apps.vision.multitask.loading import load_trained
 from apps.vision.multitask.prediction import predict_image
@@ -37,7 +40,7 @@ def data(trained):
 
 
 @pytest.fixture(scope="module")
-def test_images(data):
+def held_out(data):
     return data.images("test").plain(list(range(16)))
 
 
@@ -51,9 +54,9 @@ def test_evaluation_repeats_the_test_of_training(cli, scenes_run, tmp_path):
 
 
 @torch.no_grad()
-def test_evaluation_counts_right(scenes_run, trained, test_images):
+def test_evaluation_counts_right(scenes_run, trained, held_out):
     """Against sums over the images, one by one."""
-    images, labels = test_images
+    images, labels = held_out
     figures = figures_of(scenes_run / "test.json")
     predictions = [trained.model(image[None]) for image in images]
     depth = torch.cat([p["depth"][:, 0] for p in predictions])
@@ -74,12 +77,12 @@ def test_evaluation_counts_right(scenes_run, trained, test_images):
 
 
 @torch.no_grad()
-def test_use_of_experts_is_counted_per_task(scenes_run, trained, test_images):
+def test_use_of_experts_is_counted_per_task(scenes_run, trained, held_out):
     from apps.vision.multitask.evaluation import evaluate
 
-    evaluation = evaluate(trained.model, [test_images], progress=False)
+    evaluation = evaluate(trained.model, [held_out], progress=False)
     with moecore.record(trained.model) as recording:
-        trained.model(test_images[0], ["edges"])
+        trained.model(held_out[0], ["edges"])
     for routing in recording:
         load = routing.assignment.load().double()
         torch.testing.assert_close(evaluation.use[routing.name][3].double(), load / load.sum(), atol=1e-6, rtol=0)
@@ -154,8 +157,8 @@ def test_images_that_differ_in_their_suffix_alone_have_folders_of_their_own(cli,
     assert not np.array_equal(*depths)
 
 
-def test_the_size_of_training_is_predicted_as_it_is_evaluated(trained, test_images):
-    images, _ = test_images
+def test_the_size_of_training_is_predicted_as_it_is_evaluated(trained, held_out):
+    images, _ = held_out
     with torch.no_grad():
         whole = trained.model(images[:1])
     found = predict_image(trained.model, images[0])
@@ -163,7 +166,7 @@ def test_the_size_of_training_is_predicted_as_it_is_evaluated(trained, test_imag
 
 
 @pytest.mark.parametrize("task", ["semseg", "edges"])
-def test_a_model_for_one_task_is_written_and_used_by_every_verb(cli, scenes_run, trained, test_images, tmp_path, task):
+def test_a_model_for_one_task_is_written_and_used_by_every_verb(cli, scenes_run, trained, held_out, tmp_path, task):
     target = tmp_path / "runs" / f"{task}.ckpt"
     done = cli(
         "export",
@@ -183,7 +186,7 @@ def test_a_model_for_one_task_is_written_and_used_by_every_verb(cli, scenes_run,
     assert figures["file_bytes"] == target.stat().st_size
     small = load_trained(target).model
     assert figures["params_total"] == sum(p.numel() for p in small.parameters())
-    images, _ = test_images
+    images, _ = held_out
     with torch.no_grad():
         ours, theirs = small(images)[task], trained.model(images, [task])[task]
     assert float((ours - theirs).abs().max()) == pytest.approx(figures["max_difference"], abs=1e-7)
@@ -213,7 +216,7 @@ def test_weights_on_disk_shrink_with_what_is_left_out(cli, scenes_run, trained, 
 
 
 @pytest.mark.parametrize("task", [None, "normals"])
-def test_onnx_gives_what_the_model_gives(untyped, cli, scenes_run, trained, test_images, tmp_path, task):
+def test_onnx_gives_what_the_model_gives(untyped, cli, scenes_run, trained, held_out, tmp_path, task):
     target = tmp_path / "m.onnx"
     named = [] if task is None else [f"--task={task}"]
     done = cli("export", "--ckpt_path", scenes_run, "--output", target, "--json", tmp_path / "x.json", *named, QUIET)
@@ -222,7 +225,7 @@ def test_onnx_gives_what_the_model_gives(untyped, cli, scenes_run, trained, test
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     assert names == ([*TASKS] if task is None else [task])
-    images = test_images[0][:3]
+    images = held_out[0][:3]
     with torch.no_grad():
         expected = trained.model(images, names)
     for name, value in zip(names, session.run(None, {"images": images.numpy()}), strict=True):
@@ -337,3 +340,13 @@ def test_verbs_of_one_model_refuse_the_other(cli, scenes_run, tiny_run):
     assert cli("export", "--ckpt_path", scenes_run, "--format=task", "--task=parts", QUIET).line == (
         "task=parts: this model has semseg, depth, normals, edges, classification"
     )
+
+
+def test_what_does_nothing_is_known(scenes_run):
+    """Of the settings of classifiers those that augment maps too count; a search may vary them."""
+    config = load_trained(scenes_run / "checkpoints" / "best.ckpt").config
+    search_settings.refuse_idle({"data.flip": {"choices": [True, False]}, "data.zoom": {}}, config, APP.unused)
+    with pytest.raises(
+        UserError, match=r"^space: data\.mixup: does nothing with these settings; give --model\.name"
+    ):
+        search_settings.refuse_idle({"data.mixup": {"low": 0.0, "high": 1.0}}, config, APP.unused)
