@@ -346,7 +346,5 @@ def test_what_does_nothing_is_known(scenes_run):
     """Of the settings of classifiers those that augment maps too count; a search may vary them."""
     config = load_trained(scenes_run / "checkpoints" / "best.ckpt").config
     search_settings.refuse_idle({"data.flip": {"choices": [True, False]}, "data.zoom": {}}, config, APP.unused)
-    with pytest.raises(
-        UserError, match=r"^space: data\.mixup: does nothing with these settings; give --model\.name"
-    ):
+    with pytest.raises(UserError, match=r"^space: data\.mixup: does nothing with these settings; give --model\.name"):
         search_settings.refuse_idle({"data.mixup": {"low": 0.0, "high": 1.0}}, config, APP.unused)
