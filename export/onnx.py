@@ -1,27 +1,30 @@
-"""ONNX: every MoE layer in its dense form (all experts, static shapes), dynamic batch, checked and annotated."""
+"""ONNX files: traced, mixtures of experts lowered to a form that skips what is not chosen, checked and annotated."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import moecore
+from export.errors import ExportError
+from export.lowering import lower
+from export.lowering.node import read_experts
+from export.trace import trace
 from moecore.files import atomic_path
 
-OPSET = 20
-"""Has Gelu natively; onnxruntime from 1.17 on runs it."""
-IR_VERSION = 10
+if TYPE_CHECKING:
+    import onnx
 
+__all__ = ["ExportError", "export_onnx", "save", "trace"]
 
-class ExportError(Exception):
-    """A model that cannot take the form asked for; one line that says why and what can."""
+ROUTING = "moecore.routing"
+"""Key of the metadata that says, layer by layer, which tensors of the graph hold expert numbers and weights."""
+LARGEST = 2_000_000_000
+"""Bytes that one ONNX file holds, a little less than the 2 GiB of a protocol buffer; weights beyond go beside it."""
 
 
 def export_onnx(
@@ -31,12 +34,13 @@ def export_onnx(
     input_name: str | Sequence[str] = "input",
     output_name: str | Sequence[str] = "output",
     metadata: Mapping[str, Any] | None = None,
-    dynamic_shapes: tuple[dict[int, Any], ...] | None = None,
+    dynamic_shapes: tuple[Any, ...] | None = None,
+    experts: str = "sparse",
 ) -> Path:
     """Write a model as one ONNX file.
 
     Args:
-        model: put into eval mode; its MoE layers are traced in the dense form.
+        model: put into eval mode.
         example: an input with at least two samples, or one tensor for each of several inputs.
         path: of the file; written whole or not at all.
         input_name: name of the input, or of each.
@@ -45,58 +49,58 @@ def export_onnx(
             JSON.
         dynamic_shapes: of each input the dimensions that may vary, as `torch.export` takes them; None: the first of
             every input, the batch.
+        experts: form of the mixtures, a name of `export.lowering.LOWERINGS`; or "auto", the one that runs the example
+            fastest here.
 
     Raises:
         ExportError: for a model that sees the whole batch at once even in eval mode, or has no ONNX form.
     """
-    import onnx
-
-    _refuse_batch_routing(model)
-    model.eval()
     inputs = (example,) if isinstance(example, Tensor) else example
     shapes = dynamic_shapes or tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
-    proto = _trace(model, inputs, _names(input_name), _names(output_name), shapes).model_proto
-    proto.ir_version = IR_VERSION
+    proto = trace(model, inputs, _names(input_name), _names(output_name), shapes)
+    if experts == "auto":
+        from export.auto import fastest
+
+        experts = fastest(proto, [each.numpy() for each in inputs])
+    return save(lower(proto, experts), path, {**(metadata or {}), **routing(proto), "experts": experts})
+
+
+def routing(proto: onnx.ModelProto) -> dict[str, Any]:
+    """What the metadata says of the mixtures of a traced graph: see `ROUTING`."""
+    layers = [
+        {"layer": one.layer, "expert": one.expert, "weight": one.weight, "num_experts": one.num_experts}
+        for one in read_experts(proto)
+    ]
+    return {ROUTING: layers} if layers else {}
+
+
+def save(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Check a graph, annotate it and write it, whole or not at all.
+
+    Args:
+        proto: without opaque nodes.
+        path: of the file; weights of over 2 GB go into a second file beside it, `<name>.data`.
+        metadata: plain data, values other than strings as JSON; added to what is there.
+    """
+    import onnx
+
+    known = {entry.key: entry for entry in proto.metadata_props}
     for key, value in (metadata or {}).items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-    onnx.checker.check_model(proto, full_check=True)
+        entry = known.get(key) or proto.metadata_props.add(key=key)
+        entry.value = value if isinstance(value, str) else json.dumps(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    large = sum(len(one.raw_data) for one in proto.graph.initializer) > LARGEST
+    if not large:
+        onnx.checker.check_model(proto, full_check=True)
     with atomic_path(path) as temporary:
-        onnx.save_model(proto, temporary)
+        if large:
+            data = path.with_name(f"{path.name}.data")
+            onnx.save_model(proto, temporary, save_as_external_data=True, location=data.name)
+            onnx.checker.check_model(str(temporary), full_check=True)
+        else:
+            onnx.save_model(proto, temporary)
     return path
 
 
 def _names(name: str | Sequence[str]) -> list[str]:
     return [name] if isinstance(name, str) else list(name)
-
-
-def _trace(
-    model: nn.Module, inputs: tuple[Tensor, ...], input_names: list[str], output_names: list[str], shapes: tuple
-) -> torch.onnx.ONNXProgram:
-    # A context, for routers that hand on state: the exporter passes by the hook that opens one in eager mode.
-    context = contextlib.nullcontext() if moecore.current_context() else moecore.routing_context()
-    with warnings.catch_warnings(), context:
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        try:
-            return torch.onnx.export(
-                model,
-                inputs,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=input_names,
-                output_names=output_names,
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause = error.__cause__ or error
-            raise ExportError(f"this model has no ONNX form ({str(cause).strip().splitlines()[0]})") from error
-
-
-def _refuse_batch_routing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, moecore.MoE) and getattr(module.router.select, "eval_sees_batch", False):
-            raise ExportError(
-                f"{name}: routes by the whole batch (expert choice with eval_sees_batch); "
-                "set eval_sees_batch to false for the per-token form"
-            )

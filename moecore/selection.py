@@ -162,6 +162,16 @@ class ExpertChoice(Selection):
         self.per_token = TopK(num_experts, top_k)
         """The fallback that sees one token only: acting, causal decoding, export."""
 
+    def for_export(self) -> TopK:
+        """The per-token form.
+
+        Raises:
+            ConfigError: where predictions are made by the whole batch.
+        """
+        remedy = "routes by the whole batch, which has no exported form; false is the per-token form that has one"
+        require(not self.eval_sees_batch, "eval_sees_batch", True, remedy)
+        return self.per_token
+
     def forward(self, scores: Float[Tensor, "T E"], context: Context) -> Assignment:
         """[T, E] scores -> flat pairs in training, grid [T, K] in eval."""
         if not (self.training or self.eval_sees_batch):

@@ -6,7 +6,9 @@ nor the bank's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +29,22 @@ EXECUTORS: dict[str, Executor] = {
     "dense": run_dense,
 }
 """Executors by name."""
+
+_TRACED: ContextVar[Executor | None] = ContextVar("moecore_traced_executor", default=None)
+
+
+@contextmanager
+def traced_with(executor: Executor) -> Iterator[None]:
+    """Run every bank inside through `executor`, whatever the layers are set to: how models are traced for export.
+
+    Args:
+        executor: called as those of `EXECUTORS` are.
+    """
+    token = _TRACED.set(executor)
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
 
 
 def execute(
@@ -50,6 +68,9 @@ def execute(
         the experts run, and the result comes, in the autocast dtype.
     """
     choice("executor", executor, ("auto", *EXECUTORS))
+    traced = _TRACED.get()
+    if traced is not None:
+        return traced(x, bank, assignment, weights)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import get_args
 
 import numpy as np
@@ -83,13 +84,16 @@ def test_names_and_metadata_are_in_the_file(tmp_path):
     assert (given.name, given.shape[1:]) == ("tokens", [N, D])
     assert isinstance(given.shape[0], str)  # any batch
     assert taken.name == "features"
-    assert session.get_modelmeta().custom_metadata_map == {"classes": '["a", "b"]'}
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["classes"] == '["a", "b"]'
+    layers = json.loads(metadata["moecore.routing"])
+    assert [one["layer"] for one in layers] == ["layers.0.linear1", "layers.1.linear1"]
     onnx.checker.check_model(onnx.load(path), full_check=True)
 
 
 def test_routing_by_the_whole_batch_is_refused_and_no_file_is_left(tmp_path):
     moe = model(select="expert_choice", select_options={"eval_sees_batch": True})
-    with pytest.raises(ExportError, match=r"^layers\.0\.linear1: routes by the whole batch"):
+    with pytest.raises(ExportError, match=r"^layers\.0\.linear1\.router\.select: eval_sees_batch=True: .*per-token form"):
         export_onnx(moe, torch.randn(2, N, D), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
