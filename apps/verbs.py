@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from export.settings import FixedSettings, OnnxSettings
 from moecore.errors import require
+
+ExportFormat = Literal["onnx", "onnx-int8", "onnx-int8-dynamic", "onnx-int4", "onnx-fp16", "qonnx", "hls4ml", "fpga"]
+"""Forms that every app's models can be asked for."""
 
 
 @dataclass
@@ -68,16 +72,26 @@ class Search:
 
 @dataclass
 class Export:
-    """Write a trained model in a deployable form, compared with PyTorch."""
+    """Write a trained model in a deployable form, compared with PyTorch on real inputs."""
 
     ckpt_path: str
     """What to load: a checkpoint, a run folder, or `last`."""
-    format: Literal["onnx"] = "onnx"
-    """onnx: one file, every expert computed (dense form)."""
+    format: ExportFormat = "onnx"
+    """onnx: one file that computes the chosen experts only. onnx-int8: weights and activations in 8 bits, routers in
+    float (-dynamic: ranges of activations found at each call); onnx-int4: weights in 4 bits; onnx-fp16: half precision.
+    qonnx: quantised, static shapes, for FINN and hls4ml; hls4ml: its project. fpga: a folder of fixed-point weights and
+    synthesizable C++ that g++ builds and runs."""
     output: str | None = None
-    """File to write; default: model.onnx in the run folder."""
+    """File or folder to write; default: named after the format, in the run folder."""
+    onnx: OnnxSettings = field(default_factory=OnnxSettings)
+    fpga: FixedSettings = field(default_factory=FixedSettings)
+    calibration: int = 256
+    """Training inputs from which ranges of activations are taken, for all formats but onnx."""
     json: str | None = None
     """Write the comparison to this file as JSON."""
+
+    def __post_init__(self) -> None:
+        require(self.calibration >= 1, "calibration", self.calibration, "must be at least 1")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from export.compare import ROUTING
 from export.errors import ExportError
 from export.lowering import lower
 from export.lowering.node import read_experts
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportError", "export_onnx", "save", "trace"]
 
-ROUTING = "moecore.routing"
-"""Key of the metadata that says, layer by layer, which tensors of the graph hold expert numbers and weights."""
 LARGEST = 2_000_000_000
 """Bytes that one ONNX file holds, a little less than the 2 GiB of a protocol buffer; weights beyond go beside it."""
 
@@ -56,7 +55,7 @@ def export_onnx(
         ExportError: for a model that sees the whole batch at once even in eval mode, or has no ONNX form.
     """
     inputs = (example,) if isinstance(example, Tensor) else example
-    shapes = dynamic_shapes or tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
+    shapes = dynamic_shapes or varying(inputs)
     proto = trace(model, inputs, _names(input_name), _names(output_name), shapes)
     if experts == "auto":
         from export.auto import fastest
@@ -65,8 +64,13 @@ def export_onnx(
     return save(lower(proto, experts), path, {**(metadata or {}), **routing(proto), "experts": experts})
 
 
+def varying(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
+    """The batch, first dimension of every input, may be any."""
+    return tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
+
+
 def routing(proto: onnx.ModelProto) -> dict[str, Any]:
-    """What the metadata says of the mixtures of a traced graph: see `ROUTING`."""
+    """What the metadata says of the mixtures of a traced graph: see `export.compare.ROUTING`."""
     layers = [
         {"layer": one.layer, "expert": one.expert, "weight": one.weight, "num_experts": one.num_experts}
         for one in read_experts(proto)

@@ -1,106 +1,114 @@
-"""Nothing is called exported before its outputs were compared with PyTorch's on real inputs."""
+"""Nothing is called exported before it was compared with PyTorch on real inputs, and is within tolerance."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+from export.compare import Comparison, compare, routing_agreement
+from export.errors import ExportError
+from export.exportable import Exportable, Outputs, Runner, Sample
+from export.latency import latency
+from export.measure import session_of
+from export.settings import OnnxSettings
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    import onnx
 
 TOLERANCE = 1e-4
-"""Largest error allowed, relative to the largest output."""
+"""Largest error of a float32 file, relative to the largest output."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How an exported classifier or regressor compares with the PyTorch model."""
+class Verified:
+    """An exported file, and what was measured of it."""
 
-    inputs: int
-    max_error: float
-    """Largest absolute difference."""
-    max_relative_error: float
-    """The same over the largest absolute output."""
-    decision_agreement: float
-    """Share of equal argmaxes over the last dimension."""
-    milliseconds: float
-    """Median CPU time of the exported model per batch, one thread."""
-    torch_milliseconds: float
-    """The same for PyTorch eager."""
-    file_bytes: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within tolerance."""
-        return self.max_relative_error <= TOLERANCE
+    path: Path
+    format: str
+    comparison: Comparison
+    routing: dict[str, float] = field(default_factory=dict)
+    """Share of tokens with the very experts of PyTorch, by layer."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Latency, size, memory."""
 
     def scalars(self) -> dict[str, float]:
         """Figures by flat name."""
-        return {
-            "inputs": float(self.inputs),
-            "max_error": self.max_error,
-            "max_relative_error": self.max_relative_error,
-            "decision_agreement": self.decision_agreement,
-            "onnx_milliseconds_per_batch": self.milliseconds,
-            "torch_milliseconds_per_batch": self.torch_milliseconds,
-            "file_bytes": float(self.file_bytes),
-        }
+        found = self.comparison.scalars()
+        if self.routing:
+            found["routing_agreement"] = float(np.mean(list(self.routing.values())))
+        return found | self.measured
+
+    def plain(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"format": self.format, **self.scalars(), "routing_agreement_by_layer": self.routing}
 
 
-def open_session(path: str | Path) -> InferenceSession:
-    """A file in onnxruntime, on the CPU and one thread."""
-    import onnxruntime
+def in_onnxruntime(source: Path | onnx.ModelProto) -> Runner:
+    """A file, or a graph, in onnxruntime on one thread."""
+    session = session_of(source)
+    names = [one.name for one in session.get_inputs()]
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def run(sample: Sample) -> Outputs:
+        return session.run(None, {name: sample.feed[name] for name in names})
+
+    return run
 
 
-def compare_onnx(model: nn.Module, path: Path, batches: Iterable[Tensor], axis: int = -1) -> Comparison:
-    """Run the file in onnxruntime and the model in PyTorch on the same inputs.
+def verify_exact(exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str) -> Verified:
+    """Measure a file that must give PyTorch's numbers.
 
-    Args:
-        model: on the CPU, in eval mode; gives a tensor, or a tuple of as many as the file has outputs.
-        path: the ONNX file.
-        batches: real inputs.
-        axis: of every output, over which the largest value decides; outputs of length 1 there decide nothing.
+    Raises:
+        ExportError: if outputs or decisions differ beyond rounding.
     """
-    session = open_session(path)
-    name = session.get_inputs()[0].name
-    outputs = len(session.get_outputs())
-    errors, scales = np.zeros(outputs), np.full(outputs, 1e-12)
-    agree, decisions, count = 0, 0, 0
-    times: dict[str, list[float]] = {"onnx": [], "torch": []}
-    for batch in batches:
-        started = time.process_time()
-        ours = session.run(None, {name: batch.numpy()})
-        times["onnx"].append(time.process_time() - started)
-        started = time.process_time()
-        with torch.no_grad():
-            expected = model(batch)
-        times["torch"].append(time.process_time() - started)
-        expected = [each.numpy() for each in ((expected,) if isinstance(expected, Tensor) else expected)]
-        # of numpy, whose maximum lets NaN win
-        errors = np.maximum(errors, [np.abs(a - b).max() for a, b in zip(ours, expected, strict=True)])
-        scales = np.maximum(scales, [np.abs(each).max() for each in expected])
-        for a, b in zip(ours, expected, strict=True):
-            if b.shape[axis] > 1:
-                same = a.argmax(axis) == b.argmax(axis)
-                agree, decisions = agree + int(same.sum()), decisions + same.size
-        count += len(batch)
-    return Comparison(
-        count,
-        float(errors.max()),
-        float((errors / scales).max()),
-        agree / decisions if decisions else 1.0,
-        1e3 * float(np.median(times["onnx"])),
-        1e3 * float(np.median(times["torch"])),
-        path.stat().st_size,
-    )
+    found = _verify(exportable, path, opaque, form)
+    refuse_inexact(found.comparison)
+    return found
+
+
+def refuse_inexact(comparison: Comparison) -> None:
+    """Raise `ExportError` unless numbers and decisions are PyTorch's, up to rounding."""
+    error, decisions = comparison.max_relative_error, comparison.decisions
+    if not error <= TOLERANCE:
+        raise ExportError(
+            f"outputs differ from PyTorch by {error:.2g} of their range, more than {TOLERANCE}; no file was kept"
+        )
+    if decisions.share < 1:
+        lost = decisions.count - decisions.ties - decisions.same
+        raise ExportError(f"{lost} of {decisions.count} decisions differ from PyTorch's; no file was kept")
+
+
+def verify_quantized(
+    exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str, settings: OnnxSettings
+) -> Verified:
+    """Measure a file of lower precision.
+
+    Raises:
+        ExportError: if the task's figure or the routing moved further than the settings allow.
+    """
+    found = _verify(exportable, path, opaque, form)
+    if found.comparison.score:
+        name, before, after, change = found.comparison.score
+        if not change <= settings.max_score_change:
+            raise ExportError(
+                f"{name} goes from {before:.4g} to {after:.4g}, further than onnx.max_score_change="
+                f"{settings.max_score_change:g}; no file was kept"
+            )
+    worst = min(found.routing, key=found.routing.__getitem__, default=None)
+    if worst is not None and found.routing[worst] < settings.min_routing_agreement:
+        raise ExportError(
+            f"{worst}: {found.routing[worst]:.1%} of tokens keep their experts, fewer than "
+            f"onnx.min_routing_agreement={settings.min_routing_agreement:g}; no file was kept"
+        )
+    return found
+
+
+def _verify(exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str) -> Verified:
+    import onnx
+
+    comparison = compare(exportable, in_onnxruntime(path))
+    routing = routing_agreement(exportable, onnx.load(path))
+    measured = {**latency(exportable, path, opaque), "file_bytes": float(path.stat().st_size)}
+    return Verified(path, form, comparison, routing, measured)

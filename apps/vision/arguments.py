@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apps import verbs
+from apps.verbs import ExportFormat
 from moecore.errors import require
 
 
@@ -39,11 +40,13 @@ class Predict:
 class Export(verbs.Export):
     """Write a trained model in a deployable form, compared with PyTorch."""
 
-    format: Literal["onnx", "task"] = "onnx"
-    """onnx: one file, every expert computed (dense form). task: m3vit's model for one task, a checkpoint with only the
-    experts that its gates choose, for evaluate, predict, report and export."""
+    format: ExportFormat | Literal["task", "edge-moe"] = "onnx"
+    """As for every app: onnx: one file that computes the chosen experts only; onnx-int8, onnx-int8-dynamic, onnx-int4,
+    onnx-fp16: of lower precision; qonnx, hls4ml: for FINN and hls4ml; fpga: a folder of fixed-point weights and
+    synthesizable C++. Of m3vit also task: the model for one task, a checkpoint with only the experts that its gates
+    choose, for evaluate, predict, report and export; edge-moe: the files that the published accelerator reads."""
     output: str | None = None
-    """File to write; default: model.onnx, or for one task <task>.onnx or <task>.ckpt, in the run folder."""
+    """File or folder to write; default: named after format and task, in the run folder."""
     task: str | None = None
     """m3vit: the task of format=task; with onnx the only output, of the model for that task."""
     margin: float = 0.0
@@ -51,13 +54,13 @@ class Export(verbs.Export):
     min_share: float = 0.0
     """Leave out experts with a smaller share of the weights that the task's gates give than this."""
     calibration: int = 512
-    """Training images on which is seen which experts the gates choose."""
+    """Training images on which is seen which experts the gates choose, and how large activations get."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.format != "task" or self.task is not None, "task", self.task, "say which task format=task is for")
         require(self.margin >= 0, "margin", self.margin, "is a difference of probabilities: 0 or more")
         require(0 <= self.min_share < 1, "min_share", self.min_share, "is a share of the weights, in [0, 1)")
-        require(self.calibration >= 1, "calibration", self.calibration, "must be at least 1")
 
 
 @dataclass

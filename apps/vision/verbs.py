@@ -126,17 +126,18 @@ def report(config: VisionConfig, args: Report, source: str | None) -> None:
 
 @_by_model
 def export(config: VisionConfig, args: Export, source: str | None) -> None:
-    """Write an ONNX file, compared with PyTorch on test images."""
-    from apps.vision.deploy import export_onnx
+    """Write the classifier in a deployable form, compared with PyTorch on test images."""
+    from apps import exporting
+    from apps.vision.deploy import exportable
 
     require(args.task is None, "task", args.task, "a classifier has one task; give a run of model.name=m3vit")
+    several = args.format not in exporting.SUFFIX
+    require(not several, "format", args.format, "is for models of several tasks; give a run of model.name=m3vit")
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     data = VisionData(config.data, config.run.seed, spec=trained.model.images)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
-    figures = export_onnx(trained, data, target)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+    path = exporting.target(args, trained.path)
+    exporting.show(args, path, exporting.write(exportable(trained, data, args.calibration), args, path))
 
 
 @_by_model

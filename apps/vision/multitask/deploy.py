@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,18 @@ from apps.vision.models.m3vit import M3ViT
 from apps.vision.models.task_slice import leaving
 from apps.vision.multitask.data import MultiTaskData
 from apps.vision.multitask.loading import Trained, load_trained, slice_checkpoint
-from export.onnx import ExportError
-from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE, compare_onnx
+from apps.vision.multitask.metrics import make_measure
+from apps.vision.multitask.tasks import TaskSpec
+from export.decisions import largest
+from export.exportable import Exportable, Outputs, Score, samples_of
 from moecore import __version__
 from moecore.files import atomic_path
 
+COMPARED = 1000
+"""Test images that files are compared on at most, whole batches."""
 
-class Outputs(nn.Module):
+
+class Predictions(nn.Module):
     """Images -> the predictions of some tasks: a tensor of one, a tuple of several.
 
     Args:
@@ -66,39 +70,57 @@ def calibration_images(data: MultiTaskData, count: int) -> Iterator[Float[Tensor
         yield images.plain(list(range(start, min(start + 32, count))))[0]
 
 
-def export_onnx(trained: Trained, data: MultiTaskData, path: Path, args: Export) -> dict[str, float]:
-    """Write the model, or the one for `args.task`, as ONNX and compare it with PyTorch on test images.
+def exportable(trained: Trained, data: MultiTaskData, args: Export) -> Exportable:
+    """Images in [0, 1] -> a prediction per task, of the whole model or of the one for `args.task`.
 
-    Returns:
-        The comparison's figures.
-
-    Raises:
-        UserError: if the model has no ONNX form, or its outputs differ; a file from before then stays as it is.
+    Args:
+        trained: the model.
+        data: whose test images files are compared on, and whose training images ranges are taken from.
+        args: of the verb.
     """
     model = trained.model if args.task is None or trained.model.slice else cut_out(trained, data, args)
     if args.task is not None:
         model.refuse_unknown(args.task)
     model = copy.deepcopy(model).cpu().eval()
-    spec = model.spec
-    metadata = {
-        "task": ", ".join(spec.names),
-        "classes": {task.name: list(task.classes) for task in spec.tasks if task.classes},
-        "input": f"[batch, {spec.channels}, {spec.height}, {spec.width}], pixels in [0, 1]",
-        "moecore_version": __version__,
-    }
-    outputs = Outputs(model, spec.names)
-    with atomic_path(path) as temporary:
-        try:
-            write_onnx(outputs, model.example_input(2), temporary, "images", spec.names, metadata)
-        except ExportError as error:
-            raise UserError(f"export: {error}") from error
-        comparison = compare_onnx(outputs, temporary, (images for images, _ in data.test_dataloader()), axis=1)
-        if not comparison.passed:
-            raise UserError(
-                f"export: outputs differ from PyTorch by {comparison.max_relative_error:.2g} of their range, "
-                f"more than {TOLERANCE}; no file was kept"
-            )
-    return comparison.scalars()
+    spec, batches, labels, rows = model.spec, [], [], 0
+    for images, truth in data.test_dataloader():
+        batches.append(images)
+        labels.append(truth)
+        rows += len(images)
+        if rows >= COMPARED:
+            break
+    return Exportable(
+        module=Predictions(model, spec.names),
+        inputs=("images",),
+        outputs=spec.names,
+        example=(model.example_input(2),),
+        samples=samples_of(("images",), *((images,) for images in batches)),
+        calibration=samples_of(("images",), *((images,) for images in calibration_images(data, args.calibration))),
+        metadata={
+            "task": ", ".join(spec.names),
+            "classes": {task.name: list(task.classes) for task in spec.tasks if task.classes},
+            "input": f"[batch, {spec.channels}, {spec.height}, {spec.width}], pixels in [0, 1]",
+            "mean": model.mean.flatten().tolist(),
+            "std": model.std.flatten().tolist(),
+            "moecore_version": __version__,
+        },
+        decide=largest(axis=1),
+        score=_score(spec.tasks[0], labels),
+    )
+
+
+def _score(task: TaskSpec, labels: Sequence[Mapping[str, Tensor]]) -> Score:
+    """The figure that judges the first task."""
+
+    def measured(outputs: Outputs) -> float:
+        measure, start = make_measure(task), 0
+        for truth in (batch[task.name] for batch in labels):
+            prediction = torch.from_numpy(outputs[0][start : start + len(truth)])
+            measure.update(task.kind.decode(prediction), truth)
+            start += len(truth)
+        return measure.compute()[task.kind.metric]
+
+    return Score(f"{task.name}_{task.kind.metric}", measured, relative=not task.kind.higher_is_better)
 
 
 def export_task(trained: Trained, data: MultiTaskData, path: Path, args: Export) -> dict[str, Any]:

@@ -115,20 +115,24 @@ def report(config: VisionConfig, args: Report, source: str | None) -> None:
 
 def export(config: VisionConfig, args: Export, source: str | None) -> None:
     """Write the model, or a model for one task, compared with the whole model on test images."""
-    from apps.vision.multitask.deploy import export_onnx, export_task
+    from apps import exporting
+    from apps.vision.multitask.deploy import export_task, exportable
 
     trained, data = _loaded(config, args.ckpt_path)
-    folder = run_folder(trained.path)
     if args.format == "task":
-        target = Path(args.output) if args.output else folder / f"{args.task}.ckpt"
-        if trained.model.slice is None and target.parent.name == "checkpoints":
-            raise UserError(f"output={target}: is where whole runs are kept; give another file")
-        figures = export_task(trained, data, target, args)
+        path = Path(args.output) if args.output else run_folder(trained.path) / f"{args.task}.ckpt"
+        if trained.model.slice is None and path.parent.name == "checkpoints":
+            raise UserError(f"output={path}: is where whole runs are kept; give another file")
+        figures = export_task(trained, data, path, args)
+    elif args.format == "edge-moe":
+        from apps.vision.multitask.deploy_edge_moe import export_edge_moe
+
+        path = Path(args.output) if args.output else run_folder(trained.path) / "model.edge-moe"
+        figures = export_edge_moe(trained, data, path, args)
     else:
-        target = Path(args.output) if args.output else folder / f"{args.task or 'model'}.onnx"
-        figures = export_onnx(trained, data, target, args)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+        path = exporting.target(args, trained.path, args.task or "model")
+        figures = exporting.write(exportable(trained, data, args), args, path)
+    exporting.show(args, path, figures)
 
 
 def benchmark(config: VisionConfig, args: Benchmark, source: str | None) -> None:
