@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from apps import verbs
 from moecore.errors import require
@@ -41,10 +40,13 @@ class Evaluate(verbs.Evaluate):
 
 @dataclass
 class Export(verbs.Export):
-    """Write a trained model as ONNX with its feature transforms, compared with PyTorch."""
+    """Write a trained model in a deployable form, compared with PyTorch on test rows.
 
-    format: Literal["onnx"] = "onnx"
-    """onnx: raw ids and numbers in, a score per task out; unknown ids are unknown, not errors."""
+    ONNX files take raw ids and numbers, unknown ids are unknown, not errors; for devices, rows of tables and encoded
+    numbers, and a file beside says how to come by them."""
+
+    calibration: int = 256
+    """Training rows from which ranges of activations are taken, for all formats but onnx."""
 
 
 @dataclass

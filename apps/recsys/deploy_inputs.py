@@ -1,10 +1,9 @@
-"""What stands before the network in an exported file: from raw ids to rows of tables, as ONNX nodes."""
+"""What stands before the network in an exported file: ids to rows of tables, numbers encoded, as ONNX nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,79 +13,105 @@ from apps.recsys.batch import MISSING, UNKNOWN, DenseInput, SequenceInput, Spars
 from apps.recsys.columns import read_lists, read_numbers
 from apps.recsys.transform import Transform
 from apps.recsys.vocabulary import FIRST, HASH_A, HASH_B, PRIME, Ids, Vocabulary, read_ids
+from export.trace import IR_VERSION, OPSET
+
+if TYPE_CHECKING:
+    import onnx
 
 NO_ID = -(2**63)
 """Stands for a missing integer id, and pads sequences of integers; the empty text does so for text."""
 STRANGE = NO_ID + 1
 """Stands for an integer id that is none (text where integers belong): never seen, whatever the vocabulary."""
 OUTPUT = "probabilities"
-NETWORK, LOOKUP = "network/", "lookup/"
-"""Prefixes of the names inside of a file, so that features may be called as operators are (select, cat)."""
+ENCODED, NETWORK = "encoded/", "network/"
+"""Prefixes of names inside of a file: of all before the network, and of what in the network is called as a feature is
+(select, cat)."""
 ML_OPSET = 4
 
 
-def prepend_lookups(path: Path, transform: Transform) -> None:
-    """Replace the inputs of an exported network, in its file, by one input per feature.
+def features_graph(transform: Transform, numbers: onnx.ModelProto | None) -> onnx.ModelProto:
+    """From an input per feature to the inputs of the network, called `encoded/<name>`.
 
     Args:
-        path: of a file with inputs `sparse`, `dense` and `sequence.<name>`, as far as the log has such features, and
-            the output `probabilities`.
         transform: of the model.
+        numbers: encodes all numbers, `[batch, N]`; None: the log has none.
 
     Raises:
         UserError: a feature that no ONNX operator can look up (text that is hashed), or whose name is taken.
     """
-    import onnx
-    from onnx import compose, helper
+    from onnx import TensorProto, compose, helper
 
     _check_names(transform)
-    network = compose.add_prefix(onnx.load(path), NETWORK, rename_outputs=False)
-    nodes, inputs = _lookups(transform)
-    columns = bool(transform.spec.sparse or transform.spec.dense)
-    axis = [helper.make_tensor(f"{LOOKUP}axis", onnx.TensorProto.INT64, [1], [1])] if columns else []
-    graph = network.graph
-    everything = helper.make_graph(
-        [*nodes, *graph.node],
-        graph.name,
-        inputs,
-        graph.output,
-        [*graph.initializer, *axis],
-        value_info=graph.value_info,
-    )
-    opsets = [*network.opset_import, helper.make_opsetid("ai.onnx.ml", ML_OPSET)]
-    made = helper.make_model(
-        everything, opset_imports=opsets, ir_version=network.ir_version, functions=network.functions
-    )
-    made.metadata_props.extend(network.metadata_props)
-    onnx.checker.check_model(made, full_check=True)
-    onnx.save_model(made, path)
+    spec = transform.spec
+    nodes, outputs = _lookups(transform)
+    tables = [helper.make_tensor(f"{ENCODED}axis", TensorProto.INT64, [1], [1])] if spec.sparse or spec.dense else []
+    if numbers is not None:
+        inner = compose.add_prefix(numbers, f"{ENCODED}dense/").graph
+        nodes += _columns(inner.input[0].name, [one.name for one in spec.dense])
+        nodes += [*inner.node, helper.make_node("Identity", [inner.output[0].name], [f"{ENCODED}numbers"])]
+        tables += inner.initializer
+        width = inner.output[0].type.tensor_type.shape.dim[1].dim_value
+        outputs.append(helper.make_tensor_value_info(f"{ENCODED}numbers", TensorProto.FLOAT, ["batch", width]))
+    inputs = [helper.make_tensor_value_info(one.name, *_kind(transform, one)) for one in _features(transform)]
+    graph = helper.make_graph(nodes, "features", inputs, outputs, tables)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", ML_OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def prepend(features: onnx.ModelProto, network: onnx.ModelProto) -> onnx.ModelProto:
+    """A network that reads an input per feature.
+
+    Its inner names stay as they are, but for those that features have too.
+
+    Args:
+        features: as `features_graph` gives it.
+        network: from rows of tables and encoded numbers to probabilities.
+    """
+    import onnx
+    from onnx import compose
+
+    made = onnx.ModelProto()
+    made.CopyFrom(network)
+    graph, front = made.graph, features.graph
+    renamed = {one.name: f"{NETWORK}{one.name}" for one in front.input}
+    renamed |= {one.name: f"{ENCODED}{one.name}" for one in graph.input}
+    compose.add_prefix_graph(graph, "", True, False, False, False, False, False, inplace=True, name_map=renamed)
+    nodes = [*front.node, *(onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node)]
+    for field, messages in (("node", nodes), ("input", front.input)):
+        graph.ClearField(field)
+        getattr(graph, field).extend(messages)
+    graph.initializer.extend(front.initializer)
+    known = {one.domain for one in network.opset_import}
+    made.opset_import.extend(one for one in features.opset_import if one.domain not in known)
+    return made
 
 
 def _check_names(transform: Transform) -> None:
     for name in transform.schema.features:
-        if name == OUTPUT or name.startswith((NETWORK, LOOKUP)):
+        if name == OUTPUT or name.startswith((NETWORK, ENCODED)):
             raise UserError(
                 f"export: features.{name}: the file has a value of its own of that name; call the feature otherwise, "
                 "with its column beside it"
             )
 
 
-def _lookups(transform: Transform) -> tuple[list[Any], list[Any]]:
-    """Nodes from raw columns to the inputs of the network, and the inputs of the whole."""
-    from onnx import helper
+def _lookups(transform: Transform) -> tuple[list[onnx.NodeProto], list[onnx.ValueInfoProto]]:
+    """Nodes from ids to rows of tables, and what they give."""
+    from onnx import TensorProto, helper
 
     spec = transform.spec
-    nodes: list[Any] = []
-    inputs = [helper.make_tensor_value_info(one.name, *_kind(transform, one)) for one in _features(transform)]
+    nodes: list[onnx.NodeProto] = []
+    shapes: dict[str, list[str | int]] = {}
     for i, one in enumerate(spec.sparse):
-        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{LOOKUP}sparse/{i}")
-    for one in spec.sequences:
-        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{NETWORK}sequence.{one.name}")
+        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{ENCODED}sparse/{i}")
     if spec.sparse:
-        nodes += _columns(f"{NETWORK}sparse", [f"{LOOKUP}sparse/{i}" for i in range(len(spec.sparse))], "ids")
-    if spec.dense:
-        nodes += _columns(f"{NETWORK}dense", [one.name for one in spec.dense], "numbers")
-    return nodes, inputs
+        nodes += _columns(f"{ENCODED}sparse", [f"{ENCODED}sparse/{i}" for i in range(len(spec.sparse))])
+        shapes["sparse"] = ["batch", len(spec.sparse)]
+    for one in spec.sequences:
+        nodes += _lookup(one.name, transform.vocabularies[one.table], f"{ENCODED}sequence.{one.name}")
+        shapes[f"sequence.{one.name}"] = ["batch", one.max_len]
+    values = [helper.make_tensor_value_info(f"{ENCODED}{name}", TensorProto.INT64, s) for name, s in shapes.items()]
+    return nodes, values
 
 
 def _features(transform: Transform) -> list[SparseInput | DenseInput | SequenceInput]:
@@ -106,27 +131,33 @@ def _kind(transform: Transform, one: SparseInput | DenseInput | SequenceInput) -
 def describe(transform: Transform) -> list[dict[str, Any]]:
     """The inputs of a file as plain data: name, column of the log, type, shape, and what stands for a missing value.
 
-    Dates are text; `format` says in which form, all in UTC.
+    For integers also what stands for text where they belong (`unknown`), for sequences what stands between the values
+    of text columns (`separator`). Dates are text; `format` says in which form, all in UTC.
     """
     found = []
     for one in _features(transform):
-        integer = not isinstance(one, DenseInput) and transform.vocabularies[one.table].integer
-        kind = "float" if isinstance(one, DenseInput) else "int64" if integer else "string"
+        vocabulary = None if isinstance(one, DenseInput) else transform.vocabularies[one.table]
+        kind = "float" if vocabulary is None else "int64" if vocabulary.integer else "string"
         missing = {"float": "NaN", "int64": NO_ID, "string": ""}[kind]
         column, shape = transform.schema.column(one.name), _kind(transform, one)[1]
         about = {"name": one.name, "column": column, "type": kind, "shape": shape, "missing": missing}
-        dates = None if isinstance(one, DenseInput) else transform.vocabularies[one.table].dates
-        found.append(about if dates is None else about | {"format": dates})
+        if kind == "int64":
+            about["unknown"] = STRANGE
+        if isinstance(one, SequenceInput):
+            about["separator"] = transform.schema.features[one.name].separator
+        if vocabulary is not None and vocabulary.dates is not None:
+            about["format"] = vocabulary.dates
+        found.append(about)
     return found
 
 
-def _columns(name: str, parts: Sequence[str], what: str) -> list[Any]:
+def _columns(name: str, parts: Sequence[str]) -> list[Any]:
     """`[batch]` each -> `[batch, parts]`."""
     from onnx import helper
 
-    made = [f"{LOOKUP}{what}/{i}/column" for i in range(len(parts))]
+    made = [f"{name}/column/{i}" for i in range(len(parts))]
     pairs = zip(parts, made, strict=True)
-    wide = [helper.make_node("Unsqueeze", [part, f"{LOOKUP}axis"], [column]) for part, column in pairs]
+    wide = [helper.make_node("Unsqueeze", [part, f"{ENCODED}axis"], [column]) for part, column in pairs]
     return [*wide, helper.make_node("Concat", made, [name], axis=1)]
 
 
@@ -154,13 +185,13 @@ def _hash(name: str, buckets: int, rows: str) -> list[Any]:
     nodes: list[Any] = []
 
     def constant(value: int) -> str:
-        made = f"{LOOKUP}hash/{rows}/{len(nodes)}"
+        made = f"{rows}/hash/{len(nodes)}"
         tensor = helper.make_tensor(made, TensorProto.INT64, [], [value])
         nodes.append(helper.make_node("Constant", [], [made], value=tensor))
         return made
 
     def apply(kind: str, *given: str, out: str | None = None) -> str:
-        made = out or f"{LOOKUP}hash/{rows}/{len(nodes)}"
+        made = out or f"{rows}/hash/{len(nodes)}"
         nodes.append(helper.make_node(kind, list(given), [made]))
         return made
 

@@ -107,15 +107,24 @@ def report(config: RecsysConfig, args: Report, source: str | None) -> None:
 
 
 def export(config: RecsysConfig, args: Export, source: str | None) -> None:
-    """Write ONNX with the transforms inside, compared with PyTorch on test rows."""
-    from apps.recsys.deploy import export_onnx
+    """Write the model in a deployable form; for devices also the features in front of it, as ONNX."""
+    from apps import exporting
+    from apps.recsys.deploy import exportable, metadata_of, raw_features
+    from apps.recsys.deploy_rows import time_candidates
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
-    figures = export_onnx(trained, _data(config, trained), target)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+    path = exporting.target(args, trained.path)
+    one = exportable(trained, _data(config, trained), args.calibration)
+    figures = exporting.write(one, args, path)
+    if args.format in exporting.ONNX:
+        figures |= time_candidates(one, path)
+    else:
+        from export.onnx import save
+
+        features = path.with_name(f"{path.name.removesuffix(path.suffix)}.features.onnx")
+        print(f"features: {save(raw_features(trained), features, metadata_of(trained))}")
+    exporting.show(args, path, figures)
 
 
 def benchmark(config: RecsysConfig, args: Benchmark, source: str | None) -> None:

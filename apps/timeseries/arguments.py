@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from apps import verbs
 from moecore.errors import require
@@ -53,10 +52,8 @@ class Evaluate:
 
 @dataclass
 class Export(verbs.Export):
-    """Write a trained model as ONNX, compared with PyTorch."""
-
-    format: Literal["onnx"] = "onnx"
-    """onnx: every expert computed (dense form); Time-MoE in two files, the whole pass and the cached decoding step."""
+    """Write a trained model in a deployable form, compared with PyTorch; of Time-MoE the ONNX forms are two files, the
+    whole pass and the cached decoding step, all others the step; of Moirai-MoE the parameters of its distributions."""
 
 
 @dataclass

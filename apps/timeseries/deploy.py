@@ -1,34 +1,37 @@
-"""Export of a forecaster to ONNX: the pass over a context, and Time-MoE's cached decoding step."""
+"""Forecasters ready for export: the pass over a context, and of Time-MoE the cached decoding step beside it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from apps.errors import UserError
 from apps.timeseries.data import SeriesData
-from apps.timeseries.evaluation import thinned
+from apps.timeseries.deploy_step import step_exportable
+from apps.timeseries.forecasting import Intervals
 from apps.timeseries.loading import Trained
-from apps.timeseries.models.base import ForecastModel, Windows, instance_scale, observed
+from apps.timeseries.models.base import ForecastModel, Windows, observed
+from apps.timeseries.models.distributions import COMPONENTS, FIXED_SCALE, MAX_SAMPLE, PARAMETERS, log_likelihood
+from apps.timeseries.models.moirai_export import NextPatches
 from apps.timeseries.models.moirai_moe import MoiraiMoE
+from apps.timeseries.models.moirai_tokens import MAX_VALUE
 from apps.timeseries.models.timemoe import TimeMoE
-from apps.timeseries.models.timemoe_export import CachedStep
-from export.onnx import ExportError
-from export.onnx import export_onnx as write_onnx
-from export.verify import TOLERANCE, compare_onnx, open_session
+from apps.timeseries.windows import SeriesStore, WindowSet, evaluation_index, training_index
+from export.decisions import nearness
+from export.exportable import Exportable, Outputs, Sample, Score, samples_of
 from moecore import __version__
-from moecore.files import atomic_path
 
-WINDOWS, ROLLOUTS = 512, 4
-"""Test windows that a file is compared on at most, and whole rollouts of the decoding step."""
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+COMPARED, BATCH = 1000, 50
+"""Test windows that files are compared on at most, and how many at a time."""
+LEVELS = (0.1, 0.5, 0.9)
+"""Quantile levels of the calibrated intervals that a file's metadata keep."""
 
 
 class Points(nn.Module):
@@ -43,140 +46,174 @@ class Points(nn.Module):
         return self.model.forecast(Windows(context, season=self.season), self.horizon).mean
 
 
-def export_onnx(trained: Trained, data: SeriesData, path: Path) -> dict[str, float]:
-    """Write the model as ONNX and compare it with PyTorch on test windows.
-
-    Time-MoE gives a second file beside the first, `<name>.step.onnx`: one decoding step over keys and values, which
-    also takes the context as its first step.
+def exportables(trained: Trained, data: SeriesData, calibration: int, device: bool) -> dict[str, Exportable]:
+    """What there is to export of a model, the first under "".
 
     Args:
         trained: the model.
-        data: whose test windows to compare on.
-        path: of the file.
-
-    Returns:
-        The comparison's figures.
+        data: whose test windows files are compared on, and whose training windows ranges are taken from.
+        calibration: how many of the latter.
+        device: for a form with fixed shapes and without NaN: of Time-MoE the decoding step alone.
 
     Raises:
-        UserError: if the model has no ONNX form, or its outputs differ; a file from before then stays as it is.
+        UserError: if no series is long enough to test on, or all test windows begin after a gap.
     """
-    model = copy.deepcopy(trained.model).cpu().eval()
+    model = copy.deepcopy(trained.model).cpu().float().eval()
+    trained = dataclasses.replace(trained, model=model)
+    horizon = model.config.horizons[-1] if isinstance(model, TimeMoE) else trained.spec.horizon
+    test = _test_windows(trained, data, horizon)
+    training = _training_windows(trained, data, horizon, calibration)
+    metadata = _metadata(trained, horizon)
     if isinstance(model, MoiraiMoE):
-        raise UserError(
-            "export: Moirai-MoE forecasts by sampling paths, which has no ONNX form here; export segmoe, timemoe, "
-            "ldl_moe or dlinear"
-        )
-    if isinstance(model, TimeMoE):
-        module, horizon = model.step_module(), model.config.horizons[-1]
-    else:
-        horizon = trained.spec.horizon
-        module = Points(model, horizon, trained.spec.season).eval()
-    metadata: dict[str, Any] = {
+        return {"": _distributions(trained, test, training, metadata)}
+    if not isinstance(model, TimeMoE):
+        return {"": _points(Points(model, horizon, trained.spec.season).eval(), test, training, metadata)}
+    step = step_exportable(model, test, training, metadata)
+    return {"": step} if device else {"": _points(model.step_module(), test, training, metadata), "step": step}
+
+
+def _points(
+    module: nn.Module, test: Sequence[Windows], training: Sequence[Windows], metadata: dict[str, Any]
+) -> Exportable:
+    """Contexts -> the next points."""
+    truth = np.concatenate([windows.future.numpy() for windows in test])  # [W, H]
+
+    def mse(outputs: Outputs) -> float:
+        errors = np.square(outputs[0].astype(np.float64) - truth)
+        return float(errors[np.isfinite(truth)].mean())
+
+    samples = samples_of(("context",), *((windows.past,) for windows in test))
+    return Exportable(
+        module=module,
+        inputs=("context",),
+        outputs=("forecast",),
+        example=_two(samples),
+        samples=samples,
+        calibration=samples_of(("context",), *((windows.past,) for windows in training)),
+        metadata=metadata | {"output": f"[batch, {truth.shape[1]}], the next points in the units of the input"},
+        decide=nearness(),
+        score=Score("mse", mse, relative=True),
+        timed=_whole(samples),
+    )
+
+
+def _distributions(
+    trained: Trained, test: Sequence[Windows], training: Sequence[Windows], metadata: dict[str, Any]
+) -> Exportable:
+    """Contexts -> the distribution of each of the next points; see `NextPatches`."""
+    module = NextPatches(trained.model, trained.spec).eval()
+    truth = torch.cat([windows.future for windows in test])  # [W, H]
+
+    def likelihood(outputs: Outputs) -> float:
+        """Mean negative log-likelihood of the points that came, each given the patches before its own."""
+        bounded, mean, std = (torch.from_numpy(output) for output in outputs)
+        scaled = ((truth - mean) / std).clamp(-MAX_VALUE, MAX_VALUE)
+        return -float(log_likelihood(scaled[observed(truth)], bounded[observed(truth)]).mean())
+
+    def samples(windows: Sequence[Windows]) -> list[Sample]:
+        return samples_of(module.inputs, *map(module.given, windows))
+
+    batch = {0: torch.export.Dim("batch", min=1)}
+    covariates = (tuple(batch for _ in module.covariates),) if module.covariates else ()
+    compared = samples(test)
+    return Exportable(
+        module=module,
+        inputs=module.inputs,
+        outputs=("parameters", "location", "deviation"),
+        example=_two(compared),
+        samples=compared,
+        calibration=samples(training),
+        metadata=metadata | _distribution_notes(trained),
+        decide=nearness(),
+        score=Score("nll", likelihood),
+        dynamic_shapes=(batch, batch, *covariates),
+        timed=_whole(compared),
+    )
+
+
+def _distribution_notes(trained: Trained) -> dict[str, Any]:
+    """What a host must know to draw from the distributions."""
+    return {
+        "output": "parameters [batch, horizon, 12] of (y - location) / deviation at each point: weights of the "
+        "components, then the parameters; of a point they hold once the patches before its own are in `future`",
+        "components": list(COMPONENTS),
+        "parameters": list(PARAMETERS),
+        "fixed_scale": FIXED_SCALE,
+        "max_sample": MAX_SAMPLE,
+        "patch_size": trained.model.config.patch_size,
+        "covariates": {kind: list(getattr(trained.spec, kind)) for kind in ("futr", "hist", "stat")},
+    }
+
+
+def _metadata(trained: Trained, horizon: int) -> dict[str, Any]:
+    """What any host must know."""
+    spec, scale = trained.spec, trained.config.data.scale
+    notes = {
         "task": "forecasting",
         "model": trained.title,
-        "input": f"[batch, {trained.spec.context}], NaN where missing, the last value observed",
-        "output": f"[batch, {horizon}], the next points in the units of the input",
+        "input": f"[batch, {spec.context}], NaN where missing, the last value observed",
+        "context": spec.context,
+        "horizon": horizon,
+        "season": spec.season,
+        "scale": scale,
         "moecore_version": __version__,
     }
-    contexts = _contexts(data, trained.spec.context)
-    figures = _write(module, path, contexts, metadata)
-    if isinstance(model, TimeMoE):
-        step = path.with_suffix(".step.onnx")
-        figures |= _write_step(model, step, contexts[:ROLLOUTS], metadata)
-    return figures
+    if trained.intervals is not None:
+        notes["intervals"] = {"levels": LEVELS, "deviations": _deviations(trained.intervals, horizon).tolist()}
+    return notes
 
 
-def _contexts(data: SeriesData, length: int) -> Float[Tensor, "W L"]:
-    """Contexts of test windows that end with a value, evenly spaced."""
-    windows = data.windows("test", data.config.horizons[0])
-    windows.index = thinned(windows.index, WINDOWS)
-    past = torch.cat([batch.past for _, batch in windows.batches(128)])[:, -length:]
-    return past[observed(past[:, -1])]
+def _deviations(intervals: Intervals, horizon: int) -> Float[Tensor, "Q H"]:
+    """How far quantiles lie from the forecast, in deviations of the context, which here is 1."""
+    return intervals.quantiles(torch.zeros(1, horizon), torch.tensor([[-1.0, 1.0]]), LEVELS)[0]
 
 
-def _write(module: nn.Module, path: Path, contexts: Float[Tensor, "W L"], metadata: dict[str, Any]) -> dict[str, float]:
-    with atomic_path(path) as temporary:
-        try:
-            write_onnx(module, contexts[:2].repeat(2, 1)[:2], temporary, "context", "forecast", metadata)
-        except ExportError as error:
-            raise UserError(f"export: {error}") from error
-        comparison = compare_onnx(module, temporary, contexts.split(64))
-        _refuse(comparison.max_relative_error)
-    figures = comparison.scalars()
-    figures.pop("decision_agreement")  # the largest of a forecast's points decides nothing
-    return figures
+def _test_windows(trained: Trained, data: SeriesData, horizon: int) -> list[Windows]:
+    store, context, tested = data.store, trained.spec.context, data.config.horizons[0]
+    index = evaluation_index(store, "test", context, tested)
+    if not len(index):
+        raise UserError(f"data.horizon={tested}: no series is long enough to test on; lower it")
+    index = _evenly(_ending_with_a_value(store, index), COMPARED)
+    if not len(index):
+        raise UserError(f"data.source={data.config.source}: no test window whose context ends with a value")
+    limits = np.array([border.test for border in store.borders])
+    return _batches(WindowSet(store, index, context, horizon, limits, data.config.season))
 
 
-def _refuse(error: float) -> None:
-    if not error <= TOLERANCE:
-        raise UserError(
-            f"export: outputs differ from PyTorch by {error:.2g} of their range (over {TOLERANCE}); no file was kept"
-        )
+def _training_windows(trained: Trained, data: SeriesData, horizon: int, count: int) -> list[Windows]:
+    store, context = data.store, trained.spec.context
+    index = training_index(store, context, horizon, data.config.min_context)
+    index = _evenly(_ending_with_a_value(store, index), count)
+    limits = np.array([border.train for border in store.borders])
+    return _batches(WindowSet(store, index, context, horizon, limits, data.config.season))
 
 
-def _write_step(
-    model: TimeMoE, path: Path, contexts: Float[Tensor, "W L"], metadata: dict[str, Any]
-) -> dict[str, float]:
-    """The decoding step, driven by onnxruntime over whole forecasts."""
-    step = model.step_module(cached=True)
-    keys, values = (torch.randn(x.shape[0], 3, *x.shape[2:3], 6, x.shape[4]) for x in step.empty(1))
-    limit = model.config.max_positions
-    rows, new, past = (torch.export.Dim(n, min=low, max=limit) for n, low in (("batch", 1), ("new", 1), ("past", 0)))
-    shapes = ({0: rows, 1: new}, {1: rows, 3: past}, {1: rows, 3: past})
-    metadata = metadata | {
-        "input": "points [batch, n], normalised; keys and values [layers, batch, heads, m, width], m = 0 at first",
-        "output": f"predictions of the heads {list(model.config.horizons)} side by side; keys and values, m + n points",
-        "normalize": model.config.normalize,
-    }
-    inputs, outputs = ("points", "keys", "values"), ("predictions", "keys_out", "values_out")
-    horizon = 2 * model.config.horizons[-1]
-    contexts = contexts[observed(contexts).all(1)]
-    with atomic_path(path) as temporary:
-        try:
-            write_onnx(step, (torch.randn(3, 5), keys, values), temporary, inputs, outputs, metadata, shapes)
-        except ExportError as error:
-            raise UserError(f"export: decoding step: {error}") from error
-        if not len(contexts):
-            raise UserError("export: no test window without gaps to compare the decoding step on")
-        ours = roll_out(_session(temporary), model, step, contexts, horizon)
-        expected = model.forecast(contexts, horizon)
-        error = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-        _refuse(error)
-    return {"step_rollouts": float(len(contexts)), "step_horizon": float(horizon), "step_max_relative_error": error}
+def _batches(windows: WindowSet) -> list[Windows]:
+    return [batch for _, batch in windows.batches(BATCH)]
 
 
-def _session(path: Path) -> Step:
-    session = open_session(path)
-    names = [one.name for one in session.get_inputs()]
-
-    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-        found = session.run(None, dict(zip(names, (np.ascontiguousarray(t) for t in tensors), strict=True)))
-        return tuple(torch.from_numpy(out) for out in found)
-
-    return step
+def _ending_with_a_value(store: SeriesStore, index: Int[np.ndarray, "W 2"]) -> Int[np.ndarray, "V 2"]:
+    return index[np.isfinite(store.y[store.starts[index[:, 0]] + index[:, 1] - 1])]
 
 
-@torch.no_grad()
-def roll_out(
-    step: Step, model: TimeMoE, module: CachedStep, contexts: Float[Tensor, "B L"], horizon: int
-) -> Float[Tensor, "B H"]:
-    """What a host does with the decoding step, whatever runs it: the context first, then what was predicted."""
-    scale = instance_scale(contexts) if model.config.normalize == "instance" else None
-    points = contexts if scale is None else scale.normalize(contexts)
-    keys, values = module.empty(len(contexts))
-    parts: list[Tensor] = []
-    for start, size in _heads(model, horizon):
-        said, keys, values = step(points, keys, values)
-        points = said[:, start : start + size]
-        parts.append(points)
-    whole = torch.cat(parts, 1)
-    return whole if scale is None else scale.restore(whole)
+def _evenly(index: Int[np.ndarray, "W 2"], most: int) -> Int[np.ndarray, "V 2"]:
+    """`most` of the windows, or all if they are fewer."""
+    return index[np.arange(most) * len(index) // most] if len(index) > most else index
 
 
-def _heads(model: TimeMoE, horizon: int) -> Iterator[tuple[int, int]]:
-    """Where the largest head that fits stands among the predictions, and its points, for every step."""
-    sizes = model.config.horizons
-    while horizon > 0:
-        size = max(points for points in sizes if points <= horizon)
-        yield sum(sizes[: sizes.index(size)]), size
-        horizon -= size
+def _two(samples: Sequence[Sample]) -> tuple[Tensor, ...]:
+    """Inputs of two rows, to trace with."""
+    return tuple(tensor[:1].repeat(2, *[1] * (tensor.dim() - 1)) for tensor in samples[0].tensors)
+
+
+def _whole(samples: Sequence[Sample]) -> Sample:
+    """One row to time: the first whose context has no gaps, if there is one."""
+    for sample in samples:
+        rows = observed(sample.tensors[0]).all(1).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            break
+    else:
+        sample, row = samples[0], 0
+    names = tuple(sample.feed)
+    return samples_of(names, tuple(tensor[row : row + 1] for tensor in sample.tensors))[0]

@@ -175,15 +175,21 @@ def report(config: TimeseriesConfig, args: Report, source: str | None) -> None:
 
 
 def export(config: TimeseriesConfig, args: Export, source: str | None) -> None:
-    """Write ONNX, compared with PyTorch on test windows."""
-    from apps.timeseries.deploy import export_onnx
+    """Write the model in a deployable form, compared with PyTorch on test windows."""
+    from apps import exporting
+    from apps.timeseries.deploy import exportables
+    from apps.timeseries.deploy_step import rollouts
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "model.onnx"
-    figures = export_onnx(trained, make_data(config), target)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+    path, onnx = exporting.target(args, trained.path), args.format in exporting.ONNX
+    found = exportables(trained, make_data(config), args.calibration, device=not onnx)
+    figures = exporting.write(found, args, path)
+    if "step" in found:
+        exact = args.format == "onnx" and not args.onnx.experts.startswith("qmoe")
+        step = path.with_name(f"{path.name.removesuffix(path.suffix)}.step{path.suffix}")
+        figures |= rollouts(found[""], found["step"], step, exact)
+    exporting.show(args, path, figures)
 
 
 def benchmark(config: TimeseriesConfig, args: Benchmark, source: str | None) -> None:

@@ -53,6 +53,9 @@ class Export(verbs.Export):
     """Also keep experts whose probability came so close to that of a chosen one on some calibration token."""
     min_share: float = 0.0
     """Leave out experts with a smaller share of the weights that the task's gates give than this."""
+    rescale: bool = False
+    """edge-moe: where a weight exceeds the accelerator's range, move powers of two into neighbouring layers, which
+    changes no output."""
     calibration: int = 512
     """Training images on which is seen which experts the gates choose, and how large activations get."""
 

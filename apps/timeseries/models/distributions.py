@@ -54,6 +54,37 @@ class NegativeBinomial:
         return torch.poisson(rate.clamp(max=MAX_SAMPLE))
 
 
+Components = tuple[StudentT, Normal, NegativeBinomial, LogNormal]
+"""In the order of `COMPONENTS`."""
+
+
+def _components(*parameters: Tensor) -> Components:
+    """From `PARAMETERS`, within their bounds."""
+    df, loc, scale, fixed_loc, count, logits, log_loc, log_scale = parameters
+    return (
+        StudentT(df, loc, scale, validate_args=False),
+        Normal(fixed_loc, FIXED_SCALE, validate_args=False),
+        NegativeBinomial(count, logits),
+        LogNormal(log_loc, log_scale, validate_args=False),
+    )
+
+
+def _log_likelihood(x: Tensor, log_weights: Tensor, components: Components) -> Float[Tensor, "*N"]:
+    student, normal, counts, skewed = components
+    can_count, can_skew = x >= 0, x > 0
+    # Outside its support a component sees a value inside, so that the masked branch has a finite gradient too.
+    counted = counts.log_prob(torch.where(can_count, x, 0.0)).masked_fill(~can_count, -torch.inf)
+    skew = skewed.log_prob(torch.where(can_skew, x, 1.0)).masked_fill(~can_skew, -torch.inf)
+    each = torch.stack([student.log_prob(x), normal.log_prob(x), counted, skew], -1)
+    return (each + log_weights).logsumexp(-1)
+
+
+def log_likelihood(x: Float[Tensor, "*N"], bounded: Float[Tensor, "*N 12"]) -> Float[Tensor, "*N"]:
+    """`Mixture.log_prob` of the mixtures that `Mixture.bounded` describes."""
+    weights, parameters = bounded.split([len(COMPONENTS), len(PARAMETERS)], -1)
+    return _log_likelihood(x, weights.log(), _components(*parameters.unbind(-1)))
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A mixture of `COMPONENTS` at every point, from what the head gives without bounds."""
@@ -66,25 +97,25 @@ class Mixture:
         return self.raw[..., : len(COMPONENTS)].log_softmax(-1)
 
     @cached_property
-    def components(self) -> tuple[StudentT, Normal, NegativeBinomial, LogNormal]:
-        """The four distributions, in the order of `COMPONENTS`."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """`PARAMETERS`, `[*N]` each, within their bounds."""
         df, loc, scale, fixed_loc, count, logits, log_loc, log_scale = self.raw[..., len(COMPONENTS) :].unbind(-1)
-        return (
-            StudentT(2 + F.softplus(df), loc, _positive(scale), validate_args=False),
-            Normal(fixed_loc, FIXED_SCALE, validate_args=False),
-            NegativeBinomial(_positive(count), logits),
-            LogNormal(log_loc, _positive(log_scale), validate_args=False),
-        )
+        df, count = 2 + F.softplus(df), _positive(count)
+        return df, loc, _positive(scale), fixed_loc, count, logits, log_loc, _positive(log_scale)
+
+    @property
+    def bounded(self) -> Float[Tensor, "*N 12"]:
+        """Weights that sum to one, then `PARAMETERS`: all that defines the mixture."""
+        return torch.cat([self.log_weights.exp(), torch.stack(self.parameters, -1)], -1)
+
+    @cached_property
+    def components(self) -> Components:
+        """The four distributions, in the order of `COMPONENTS`."""
+        return _components(*self.parameters)
 
     def log_prob(self, x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         """Log-likelihood of finite values; components that cannot give a value have no part in it."""
-        student, normal, counts, skewed = self.components
-        can_count, can_skew = x >= 0, x > 0
-        # Outside its support a component sees a value inside, so that the masked branch has a finite gradient too.
-        counted = counts.log_prob(torch.where(can_count, x, 0.0)).masked_fill(~can_count, -torch.inf)
-        skew = skewed.log_prob(torch.where(can_skew, x, 1.0)).masked_fill(~can_skew, -torch.inf)
-        each = torch.stack([student.log_prob(x), normal.log_prob(x), counted, skew], -1)
-        return (each + self.log_weights).logsumexp(-1)
+        return _log_likelihood(x, self.log_weights, self.components)
 
     @torch.no_grad()
     def sample(self, shape: tuple[int, ...] = ()) -> Float[Tensor, "*S N"]:

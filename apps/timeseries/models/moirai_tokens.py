@@ -65,20 +65,33 @@ class Grid:
         return self.tokens.select(self.tokens.variate == 0)
 
 
-def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahead: bool = True) -> Grid:
-    """Cut windows into tokens.
+@dataclass(frozen=True)
+class Patches:
+    """Windows cut into patches, before any of them is a token."""
+
+    values: Float[Tensor, "B V T P"]
+    """Scaled; NaN where nothing was observed."""
+    kinds: tuple[int, ...]
+    """Of each variate: 0 target, 1 known in the future too, 2 known in the past only."""
+    scale: Scale
+    """Of the target; of its last segment if series are packed."""
+    context: int
+    """Patches before the horizon."""
+    segments: Int[Tensor, "B TP"] | None
+    """Which of several packed series a point belongs to."""
+
+
+def make_patches(windows: Windows, patch_size: int, horizon: int | None = None) -> Patches:
+    """Scale windows and cut them.
 
     Context and horizon are padded with missing values, on the left and on the right, to whole patches. Each variate is
     scaled by mean and deviation of what its context shows (a packed series without context: of all it shows). A patch
     across the border of two packed series belongs to the later one.
 
     Args:
-        windows: contexts, futures if known, covariates. Scaled, a constant would be nothing: of `stat`, the inverse
-            hyperbolic sine is shown, linear for small numbers and logarithmic for large ones.
+        windows: contexts, futures if known, covariates.
         patch_size: P.
         horizon: points to forecast instead of those in `windows.future`.
-        ahead: whether the target sees covariates with a known future one patch ahead, as far as it predicts. The
-            published model shows it none of the patch it predicts.
     """
     future = windows.future if horizon is None else None
     points = horizon if horizon is not None else 0 if future is None else future.shape[1]
@@ -97,14 +110,27 @@ def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahe
     x, segments = _one_series_per_patch(x, segments, patch_size)
     mean, std = _scale(x, left + length, segments)
     scaled = ((x - mean) / std).clamp(-MAX_VALUE, MAX_VALUE)
-    count = x.shape[-1] // patch_size
-    tokens = _tokens(scaled.unflatten(-1, (count, patch_size)), kinds, segments, ahead)
-    context = (left + length) // patch_size
-    hidden = torch.tensor(kinds, device=x.device)[tokens.variate] == 2
     last = left + length - 1
     scale = Scale(mean[:, 0, last : last + 1], std[:, 0, last : last + 1])
-    tokens = tokens.select(~hidden | (tokens.time < context))
-    return Grid(_with_constants(tokens, windows.stat), scale, context, count)
+    values = scaled.unflatten(-1, (-1, patch_size))  # [B, V, T, P]
+    return Patches(values, tuple(kinds), scale, (left + length) // patch_size, segments)
+
+
+def make_grid(windows: Windows, patch_size: int, horizon: int | None = None, ahead: bool = True) -> Grid:
+    """Cut windows into tokens; see `make_patches` for how.
+
+    Args:
+        windows: contexts, futures if known, covariates.
+        patch_size: P.
+        horizon: points to forecast instead of those in `windows.future`.
+        ahead: whether the target sees covariates with a known future one patch ahead, as far as it predicts. The
+            published model shows it none of the patch it predicts.
+    """
+    patches = make_patches(windows, patch_size, horizon)
+    tokens = _tokens(patches.values, patches.kinds, patches.segments, ahead)
+    hidden = torch.tensor(patches.kinds, device=tokens.time.device)[tokens.variate] == 2
+    tokens = tokens.select(~hidden | (tokens.time < patches.context))
+    return Grid(_with_constants(tokens, windows.stat), patches.scale, patches.context, patches.values.shape[2])
 
 
 def _padded(x: Tensor, left: int, size: int, value: float = torch.nan) -> Tensor:
@@ -131,7 +157,7 @@ def _scale(x: Float[Tensor, "B V M"], context: int, segments: Int[Tensor, "B M"]
     member = F.one_hot(groups, int(groups.max()) + 1 if segments is not None else 1)[:, None].bool()  # [B, 1, M, S]
     mask = observed(x)[..., None] & member  # [B, V, M, S]
     shown = mask & (torch.arange(x.shape[-1], device=x.device) < context)[:, None]
-    mask = torch.where(shown.any(2, keepdim=True), shown, mask)
+    mask = shown | (mask & ~shown.any(2, keepdim=True))
     count = mask.sum(2, keepdim=True)
     values = filled(x)[..., None]
     mean = torch.where(mask, values, 0.0).sum(2, keepdim=True) / count.clamp(min=1)
@@ -142,7 +168,7 @@ def _scale(x: Float[Tensor, "B V M"], context: int, segments: Int[Tensor, "B M"]
     return per_point[0].expand_as(x), per_point[1].expand_as(x)
 
 
-def _tokens(patches: Float[Tensor, "B V T P"], kinds: list[int], segments: Tensor | None, ahead: bool) -> Tokens:
+def _tokens(patches: Float[Tensor, "B V T P"], kinds: tuple[int, ...], segments: Tensor | None, ahead: bool) -> Tokens:
     variates, count, size = patches.shape[1:]
     kind = torch.tensor(kinds, device=patches.device).repeat_interleave(count)
     time = torch.arange(count, device=patches.device).repeat(variates)
@@ -158,7 +184,7 @@ def _with_constants(tokens: Tokens, stat: Float[Tensor, "B Cs"] | None) -> Token
     """A token for each constant of the series behind the others, known from the first patch on."""
     if stat is None or tokens.segments is not None:
         return tokens
-    shown = stat.asinh().to(tokens.values.dtype)[..., None].expand(-1, -1, tokens.values.shape[-1])
+    shown = constant_patches(stat, tokens.values.shape[-1]).to(tokens.values.dtype)
     first = torch.zeros(stat.shape[1], dtype=torch.long, device=stat.device)
     variate = tokens.variate.max() + 1 + torch.arange(stat.shape[1], device=stat.device)
     return Tokens(
@@ -168,3 +194,12 @@ def _with_constants(tokens: Tokens, stat: Float[Tensor, "B Cs"] | None) -> Token
         torch.cat([tokens.time, first]),
         torch.cat([tokens.clock, first]),
     )
+
+
+def constant_patches(stat: Float[Tensor, "B Cs"], patch_size: int) -> Float[Tensor, "B Cs P"]:
+    """A patch for each constant of a series.
+
+    Scaled, a constant would be nothing: its inverse hyperbolic sine is shown, linear for small numbers and logarithmic
+    for large ones.
+    """
+    return stat.asinh()[..., None].expand(-1, -1, patch_size)

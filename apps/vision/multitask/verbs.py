@@ -128,7 +128,7 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
         from apps.vision.multitask.deploy_edge_moe import export_edge_moe
 
         path = Path(args.output) if args.output else run_folder(trained.path) / "model.edge-moe"
-        figures = export_edge_moe(trained, data, path, args)
+        figures = export_edge_moe(trained, data, path, args, args.rescale)
     else:
         path = exporting.target(args, trained.path, args.task or "model")
         figures = exporting.write(exportable(trained, data, args), args, path)
