@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import ExportError
 from export.exportable import Exportable
 from export.lowering import lower
+from export.notes import note
 from export.onnx import routing, save, varying
 from export.settings import OnnxSettings
 from export.trace import trace
 from export.verify import Verified, verify_exact, verify_quantized
-from moecore.files import atomic_path, write_atomic
+from moecore.files import atomic_path
 
 if TYPE_CHECKING:
     import onnx
 
-NOTES = "export.json"
-"""File beside exported ones that keeps what was measured of each."""
 _INEXACT = ("qmoe", "qmoe4")
 
 
@@ -82,13 +79,3 @@ def _graph(
         for sample in exportable.calibration
     ]
     return quantize(opaque, form.removeprefix("onnx-"), feeds), "sparse"
-
-
-def note(path: Path, figures: dict) -> None:
-    """Keep what was measured of a file in `export.json` beside it."""
-    notes = path.with_name(NOTES)
-    try:
-        known = json.loads(notes.read_text()) if notes.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ExportError(f"{notes}: is damaged ({error}); delete it") from error
-    write_atomic(notes, json.dumps(known | {path.name: figures}, indent=1))

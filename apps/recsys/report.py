@@ -9,6 +9,7 @@ import numpy as np
 
 from apps import figures
 from apps.curves import read_curves
+from apps.exported import exported_files
 from apps.recsys import pictures
 from apps.recsys.data import RecsysData
 from apps.recsys.evaluation import Evaluation
@@ -42,6 +43,7 @@ def write_report(trained: Trained, evaluation: Evaluation, data: RecsysData, pat
     health = gate_health(trained, data, evaluation)
     _gates(page, health)
     _sparse_gates(page, health)
+    exported_files(page, run_folder(trained.path))
     return page.write(path)
 
 

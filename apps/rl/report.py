@@ -10,6 +10,7 @@ import numpy as np
 
 from apps import figures
 from apps.errors import ConfigError, UserError
+from apps.exported import exported_files
 from apps.report import Page, Section
 from apps.rl import pictures
 from apps.rl.conflict import Conflict, between, episodes_of_every_task, probes, task_gradients
@@ -54,6 +55,7 @@ def write_report(trained: Trained, evaluation: Evaluation, path: Path) -> Path:
     _experts(page, trained, history, seen)
     if len(tasks) > 1:
         _conflict(page, trained, seen, _rivals(trained, found))
+    exported_files(page, folder)
     return page.write(path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import moecore
 from apps import figures
 from apps.curves import read_curves
+from apps.exported import exported_files
 from apps.output import short
 from apps.report import Page
 from apps.runs import run_folder
@@ -67,6 +68,8 @@ def write_report(trained: Trained, evaluation: Evaluation, data: SeriesData, pat
     _series(page, evaluation, first)
     add_experts(page, trained.model, first.windows, example(data, first.windows.horizon), examples, curves)
     _all_figures(page, evaluation, cost)
+    if trained.path:
+        exported_files(page, run_folder(trained.path))
     return page.write(path)
 
 

@@ -9,6 +9,7 @@ import torch
 import moecore
 from apps import figures
 from apps.curves import read_curves
+from apps.exported import exported_files
 from apps.output import short
 from apps.report import Page
 from apps.runs import run_folder
@@ -62,6 +63,7 @@ def write_report(trained: Trained, evaluation: Evaluation, data: VisionData, pat
         expert_load(page, evaluation.routing, curves)
     _errors(page, evaluation, data)
     _figures(page, {k: v for k, v in scalars.items() if "/" not in k} | cost.scalars())
+    exported_files(page, run_folder(trained.path))
     return page.write(path)
 
 

@@ -13,10 +13,11 @@ from torch import nn
 import moecore
 from export import verify
 from export.decisions import largest
-from export.deliver import NOTES, deliver
+from export.deliver import deliver
 from export.errors import ExportError
 from export.exportable import Exportable, Score, samples_of
 from export.measure import session_of
+from export.notes import NOTES
 from export.settings import OnnxSettings
 
 D = 32

@@ -12,6 +12,7 @@ from jaxtyping import Float
 import moecore
 from apps import figures
 from apps.curves import read_curves
+from apps.exported import exported_files
 from apps.report import Page
 from apps.rl.agents.t2mir import T2MIR
 from apps.rl.incontext import pictures
@@ -44,6 +45,7 @@ def write_report(trained: TrainedInContext, evaluation: InContextEvaluation, pat
     _film(page, trained, evaluation)
     _learning(page, folder)
     _experts(page, trained, evaluation)
+    exported_files(page, run_folder(trained.path))
     return page.write(path)
 
 

@@ -11,6 +11,7 @@ import moecore
 from apps import figures
 from apps.curves import read_curves
 from apps.errors import UserError
+from apps.exported import exported_files
 from apps.output import short
 from apps.report import Page
 from apps.runs import run_folder
@@ -78,6 +79,7 @@ def write_report(
         {name: value for name, value in scalars.items() if not name.startswith("routing/")} | cost.scalars() | against
     )
     page.section("All figures").table([{"figure": name, "value": value} for name, value in rows.items()])
+    exported_files(page, run_folder(trained.path))
     return page.write(path)
 
 
