@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from export.settings import FixedSettings, OnnxSettings
+from export.settings import FpgaSettings, OnnxSettings
 from moecore.errors import require
 
 ExportFormat = Literal["onnx", "onnx-int8", "onnx-int8-dynamic", "onnx-int4", "onnx-fp16", "qonnx", "hls4ml", "fpga"]
@@ -84,7 +84,7 @@ class Export:
     output: str | None = None
     """File or folder to write; default: named after the format, in the run folder."""
     onnx: OnnxSettings = field(default_factory=OnnxSettings)
-    fpga: FixedSettings = field(default_factory=FixedSettings)
+    fpga: FpgaSettings = field(default_factory=FpgaSettings)
     calibration: int = 256
     """Training inputs from which ranges of activations are taken, for all formats but onnx."""
     json: str | None = None

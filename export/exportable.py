@@ -69,6 +69,8 @@ class Exportable:
     """Of each input the dimensions that vary; None: the first."""
     finish: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None
     """Puts in front of the graph, or behind it, what PyTorch does not compute."""
+    tasks: Mapping[str, nn.Module] | None = None
+    """For FPGAs: modules of the same structure that differ in gates alone, by task, of which `module` is the first."""
     timed: Sample | None = None
     """The call that is timed; None: the first row of the first sample."""
 

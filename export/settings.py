@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from moecore.errors import choice, require
@@ -30,7 +30,7 @@ class OnnxSettings:
 
 @dataclass(frozen=True)
 class FixedSettings:
-    """Fixed-point accelerators."""
+    """Widths and tiles of a fixed-point accelerator."""
 
     weight_width: int = 16
     """Bits of weights and embedding tables."""
@@ -61,3 +61,27 @@ class FixedSettings:
     def wrap(self) -> bool:
         """Whether what does not fit wraps around."""
         return self.overflow == "wrap"
+
+
+@dataclass(frozen=True)
+class FpgaSettings(FixedSettings):
+    """Fixed-point accelerators, and what is measured of them."""
+
+    device: str = "zcu104"
+    """Device that latency and resources are estimated for: zcu102, zcu104, u280, z7020, or a YAML file of one's own."""
+    calibrated: int = 32
+    """Training inputs that formats are chosen from."""
+    compared: int = 100
+    """Test inputs that the simulator is compared with PyTorch on."""
+    sweep: int = 0
+    """Test inputs on which all widths from 8 to 24 bits are compared with float (table and picture); 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("calibrated", "compared"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.sweep >= 0, "sweep", self.sweep, "must not be negative")
+
+    def fixed(self) -> FixedSettings:
+        """Widths and tiles alone."""
+        return FixedSettings(**{one.name: getattr(self, one.name) for one in fields(FixedSettings)})

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from export.edge_moe.check import Golden, pixels_of
 from export.edge_moe.layout import GOLDEN, Tensors, stacked
 from export.edge_moe.schedule import Trace
 from export.errors import ExportError
+from moecore.files import atomic_folder
 
 REPORT = "edge_moe.json"
 README = """# {title}
@@ -80,7 +78,7 @@ def write_folder(path: Path, contents: Contents) -> tuple[int, int]:
     Returns:
         Number of files and their size in bytes.
     """
-    with _whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         for name, value in contents.tensors.items():
             _write(folder, name, value)
         _write(folder, "image", pixels_of(contents.image))
@@ -139,22 +137,3 @@ def _readme(title: str, report: Mapping[str, Any]) -> str:
         rows="\n".join(rows),
         assumed="\n".join(f"- {line}" for line in report["assumed"]),
     )
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    temporary, old = (path.with_name(f".{path.name}.{mark}.{end}") for end in ("part", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.exists() and not path.exists():  # the last step failed
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
