@@ -103,9 +103,7 @@ def test_names_and_metadata_are_in_the_file(tmp_path):
 
 def test_routing_by_the_whole_batch_is_refused_and_no_file_is_left(tmp_path):
     moe = model(select="expert_choice", select_options={"eval_sees_batch": True})
-    with pytest.raises(
-        ExportError, match=r"^layers\.0\.linear1\.router\.select: eval_sees_batch=True: "
-    ):
+    with pytest.raises(ExportError, match=r"^layers\.0\.linear1\.router\.select: eval_sees_batch=True: "):
         export_onnx(moe, torch.randn(2, N, D), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -246,8 +246,8 @@ def test_qdq_runs_in_onnxruntime_as_it_is_and_leaves_routers_alone(traced, name,
         if node.op_type == "MatMul":
             kinds = {by[one].op_type for one in node.input if one in by}
             assert ("DequantizeLinear" in kinds) == (node.output[0] not in routers)
-    codes = [one for key, one in values.items() if key.endswith(".codes")]
-    assert len(codes) == sum(one.endswith("weight.q8") for one in by)
+    codes = [one for key, one in values.items() if key.endswith("/codes")]
+    assert len(codes) == sum(one.endswith("/weight/q8") for one in by)
     assert {one.dtype for one in codes} == {np.dtype(np.int8)}
     assert max(np.abs(one.astype(int)).max() for one in codes) == 127
 
@@ -289,6 +289,39 @@ def test_hls4ml_reads_the_file_of_an_mlp_policy(traced, tmp_path):
     ours = np.concatenate([y for (y,) in run(made, {"x": x})])
     # Rounding of a step between codes may fall the other way: hls4ml divides by steps in fixed point.
     assert np.sqrt(((project.predict(x) - ours) ** 2).mean()) < 0.01 * ours.std()
+
+
+class Odd(nn.Module):
+    """Linear layers that must not be parted, absorbed or taken for what they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.tied = nn.Linear(D, D), nn.Linear(D, D, bias=False)
+        self.tied.weight = self.linear.weight
+        self.norm = nn.BatchNorm1d(N)
+        nn.init.normal_(self.norm.running_mean)
+        self.register_buffer("mixing", torch.randn(3, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.linear(x))  # [1, N, D], normalised over N
+        first, second = self.tied(x).split([2, N - 2], 1)  # rows, not units
+        a, b = self.linear(y).chunk(2, 2)
+        return self.mixing @ (y + torch.cat([second, first], 1) + torch.cat([b, a.relu() + 0.5], 2))
+
+
+@pytest.mark.parametrize("dialect", ["qonnx", "qdq"])
+def test_odd_linear_layers_stay_what_they_are(tmp_path, dialect):
+    x = {"x": np.random.default_rng(0).uniform(-1, 1, (128, N, D)).astype(np.float32)}
+    model = Odd().eval()
+    proto = trace(model, torch.randn(1, N, D), ["x"], ["y"])
+    made = prepare(lower(proto, "dense"))
+    got = np.concatenate([y for (y,) in run(made, x)])
+    np.testing.assert_allclose(got, model(torch.from_numpy(x["x"])).detach(), rtol=0, atol=1e-5)
+    figures = write_qonnx(proto, x, tmp_path / "m.onnx", Settings(dialect))
+    assert figures["relative_rms_error"] < 0.05
+    scales = [one.size for name, one in constants(onnx.load(tmp_path / "m.onnx")).items() if name.endswith("/scale")]
+    assert 3 in scales  # the matrix on the left has a step per row
 
 
 # Refusals

@@ -218,6 +218,11 @@ class M3ViT(nn.Module):
             with moecore.routing_context(task=self.spec.names.index(task)):
                 yield task, self._own(*(common or self._shared(images)))
 
+    def features(self, images: Float[Tensor, "B C H W"], task: str) -> list[Float[Tensor, "B N D"]]:
+        """What the decoder of a task reads: patch tokens of some blocks."""
+        with moecore.routing_context(task=self.spec.names.index(task)):
+            return self._own(*self._shared(images))
+
     def _shared(self, images: Tensor) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
         """All that does not depend on the task: up to the FFN of the first block whose gate knows it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from apps.vision.multitask.data import MultiTaskData
 from apps.vision.multitask.loading import Trained, load_trained, slice_checkpoint
 from apps.vision.multitask.metrics import make_measure
 from apps.vision.multitask.tasks import TaskSpec
-from export.decisions import largest
+from export.decisions import largest, nothing
 from export.exportable import Exportable, Outputs, Score, samples_of
 from moecore import __version__
 from moecore.files import atomic_path
@@ -47,6 +48,23 @@ class Predictions(nn.Module):
         predictions = self.model(images, self.tasks)
         found = tuple(predictions[task] for task in self.tasks)
         return found if len(found) > 1 else found[0]
+
+
+class Tokens(nn.Module):
+    """Images -> what the decoder of a task reads: the same backbone for every task, with other gates.
+
+    Args:
+        model: of all tasks.
+        task: whose gates apply.
+    """
+
+    def __init__(self, model: M3ViT, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        """[B, C, H, W] in [0, 1] -> [B, N, D] of each block that the decoder reads."""
+        return tuple(self.model.features(images, self.task))
 
 
 def cut_out(trained: Trained, data: MultiTaskData, args: Export) -> M3ViT:
@@ -89,7 +107,7 @@ def exportable(trained: Trained, data: MultiTaskData, args: Export) -> Exportabl
         rows += len(images)
         if rows >= COMPARED:
             break
-    return Exportable(
+    ready = Exportable(
         module=Predictions(model, spec.names),
         inputs=("images",),
         outputs=spec.names,
@@ -107,6 +125,15 @@ def exportable(trained: Trained, data: MultiTaskData, args: Export) -> Exportabl
         decide=largest(axis=1),
         score=_score(spec.tasks[0], labels),
     )
+    return _switched(ready, model) if args.format == "fpga" and args.task is None and model.task_aware else ready
+
+
+def _switched(ready: Exportable, model: M3ViT) -> Exportable:
+    """The backbone alone, one table of gates per task; decoders, which differ in more than gates, stay on the host."""
+    tasks = {task: Tokens(model, task).eval() for task in model.spec.names}
+    outputs = tuple(f"tokens_{block}" for block in model.decoder.blocks)
+    first = next(iter(tasks.values()))
+    return dataclasses.replace(ready, module=first, tasks=tasks, outputs=outputs, decide=nothing, score=None)
 
 
 def _score(task: TaskSpec, labels: Sequence[Mapping[str, Tensor]]) -> Score:
