@@ -1,13 +1,15 @@
 """What mixtures cost in onnxruntime, form by form: `python -m export.benchmark`.
 
-CPU time of one thread, medians of calls in turn, random weights; every figure also as a ratio to the dense model of
-equal active multiply-adds in the same run.
+CPU time of one thread, or wall time of several, medians of calls in turn, random weights; every figure also as a ratio
+to the dense model of equal active multiply-adds in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,20 +75,20 @@ class VisionTransformer(nn.Module):
 
 
 def run_forms(
-    opaque: onnx.ModelProto, x: np.ndarray, forms: Mapping[str, Any], rounds: int, module: nn.Module | None = None
+    opaque: onnx.ModelProto, x: np.ndarray, forms: Mapping[str, Any], rounds: int, module: nn.Module, threads: int
 ) -> list[dict[str, Any]]:
-    """A row per form: milliseconds, and the ratio to the first."""
+    """A row per form, and one of PyTorch eager: milliseconds, and the ratio to the first."""
     calls: dict[str, Callable[[], object]] = {}
     name = opaque.graph.input[0].name
     for form, how in forms.items():
         try:
-            session = session_of(how if hasattr(how, "graph") else lower(opaque, how))
+            session = session_of(how if hasattr(how, "graph") else lower(opaque, how), threads)
         except ExportError:
             continue
         calls[form] = lambda session=session: session.run(None, {name: x})
-    if module is not None:
-        calls["torch eager"] = lambda: _eager(module, x)
-    times = {form: 1e3 * float(np.median(seconds)) for form, seconds in timed(calls, rounds).items()}
+    calls["torch eager"] = lambda: _eager(module, x)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times = {form: 1e3 * float(np.median(seconds)) for form, seconds in timed(calls, rounds, clock).items()}
     first = times[next(iter(times))]
     return [{"form": form, "ms": ms, "ratio": ms / first} for form, ms in times.items()]
 
@@ -96,7 +98,7 @@ def _eager(module: nn.Module, x: np.ndarray) -> None:
         module(torch.from_numpy(x))
 
 
-def layers(rounds: int) -> list[dict[str, Any]]:
+def layers(rounds: int, threads: int) -> list[dict[str, Any]]:
     """One layer at several numbers of tokens and experts."""
     rows: list[dict[str, Any]] = []
     cases = [(8, HIDDEN, (1, TOKENS, 32 * TOKENS)), (32, HIDDEN // 2, (1, TOKENS)), (128, HIDDEN // 2, (1, TOKENS))]
@@ -108,11 +110,11 @@ def layers(rounds: int) -> list[dict[str, Any]]:
                 x = np.random.default_rng(0).normal(size=(tokens, D)).astype(np.float32)
                 repeats = rounds if tokens > TOKENS else 5 * rounds
                 case = {"experts": num_experts, "activation": activation, "tokens": tokens}
-                rows += [case | row for row in run_forms(opaque, x, FORMS, repeats, module)]
+                rows += [case | row for row in run_forms(opaque, x, FORMS, repeats, module, threads)]
     return rows
 
 
-def whole(rounds: int) -> list[dict[str, Any]]:
+def whole(rounds: int, threads: int) -> list[dict[str, Any]]:
     """ViT-tiny with six layers of mixtures, in float32 and quantised."""
     rows: list[dict[str, Any]] = []
     module = VisionTransformer()
@@ -124,7 +126,7 @@ def whole(rounds: int) -> list[dict[str, Any]]:
         forms[kind] = quantize(opaque, kind, [{"images": images[i : i + 4]} for i in range(0, 16, 4)])
     for batch in (1, 8):
         case = {"model": "ViT-tiny, 6 of 12 layers MoE", "batch": batch}
-        rows += [case | row for row in run_forms(opaque, images[:batch], forms, rounds, module)]
+        rows += [case | row for row in run_forms(opaque, images[:batch], forms, rounds, module, threads)]
     return rows
 
 
@@ -132,11 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m export.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians are reported")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each call; 0: all cores; wall time unless 1")
     parser.add_argument("--only", choices=("layers", "whole"), help="one of the two tables")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    tables = {name: table(args.rounds) for name, table in TABLES.items() if args.only in (None, name)}
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    tables = {name: table(args.rounds, args.threads) for name, table in TABLES.items() if args.only in (None, name)}
     for name, rows in tables.items():
         print(f"\n{name}")
         for row in rows:

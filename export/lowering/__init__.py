@@ -12,6 +12,7 @@ from export.lowering.loop import lower_loop
 from export.lowering.node import DOMAIN, Emitter, Experts, is_opaque, read_experts
 from export.lowering.ort_moe import MICROSOFT, lower_ort_moe, lower_qmoe
 from export.lowering.sparse import lower_sparse
+from export.simplify import simplify
 
 if TYPE_CHECKING:
     import onnx
@@ -63,7 +64,7 @@ def lower(proto: onnx.ModelProto, form: str | Lowering) -> onnx.ModelProto:
         graph.initializer.extend(emit.initializers)
     _keep(graph.node, nodes)
     _declare_domains(lowered)
-    return lowered
+    return simplify(lowered)
 
 
 def _keep(field: object, wanted: list) -> None:
