@@ -209,7 +209,7 @@ class Emitter:
 
         self._count += 1
         name = f"{self.prefix}/{name or f'constant_{self._count}'}"
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
     def branch(self, output: str, dtype: Any) -> onnx.GraphProto:

@@ -123,6 +123,16 @@ def test_very_many_experts_take_both_ways_of_the_sparse_form(select):
     assert difference(moe, proto, (1, 1), (1, 3), (3, 40), (5, 200)) < 2e-6
 
 
+@pytest.mark.parametrize("select", ["top_k", "top_p"])
+def test_static_shapes(select):
+    torch.manual_seed(9)
+    for experts in (E, 64):
+        moe = layer(MLPBank(experts, D, 8, "relu"), select)
+        opaque = trace(moe, torch.randn(1, 5, D), ["x"], ["y"])
+        for form in EXACT:
+            assert difference(moe, lower(opaque, form), (1, 5)) < 2e-6, (experts, form)
+
+
 def test_tokens_without_any_expert_give_zeros():
     torch.manual_seed(6)
     moe = layer(MLPBank(E, D, F, "relu"), "threshold", threshold=1e6)

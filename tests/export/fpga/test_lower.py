@@ -259,6 +259,32 @@ def test_what_depends_on_no_input_or_tests_for_nan_is_gone():
     assert [layer.op.kind for layer in program.layers] == ["binary"]  # the slice is a view
 
 
+def test_huge_constants_that_are_not_taken_cost_nothing_and_count_when_they_are():
+    """As `nan_to_num` leaves them, beside a mask that calibration never saw true."""
+    nodes = [helper.make_node("Less", ["x", "low"], ["far"]), helper.make_node("Where", ["far", "huge", "x"], ["y"])]
+    model = proto(nodes, X, {"low": np.float32(-50), "huge": np.float32(-3.4e38)}, ["y"])
+    error, program = difference(model, X)
+    assert error < 1e-5
+    assert simulate(program, X | {"x": 0 * X["x"] - 1}).overflows == {}
+    nodes[0] = helper.make_node("Less", ["x", "three"], ["far"])
+    taken = compile_protos(proto(nodes, X, {"three": np.float32(3), "huge": np.float32(-60)}, ["y"]), [X], FINE)
+    assert not simulate(taken, X).overflows
+
+
+def test_a_condition_with_a_constant_false_is_false():
+    nodes = [
+        helper.make_node("IsInf", ["x"], ["infinite"]),
+        helper.make_node("Less", ["x", "zero"], ["below"]),
+        helper.make_node("And", ["below", "infinite"], ["odd"]),
+        helper.make_node("Where", ["odd", "huge", "x"], ["same"]),
+        helper.make_node("Abs", ["same"], ["y"]),
+    ]
+    model = proto(nodes, X, {"zero": np.float32(0), "huge": np.float32(-3.4e38)}, ["y"])
+    error, program = difference(model, X)
+    assert error < 1e-6
+    assert [layer.op.kind for layer in program.layers] == ["unary"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -288,7 +314,7 @@ def test_settings_out_of_range_are_one_line(field, width):
 
 
 def test_calibration_has_to_fit():
-    model, inputs = CASES["Softmax"]()
+    model, _ = CASES["Softmax"]()
     for given, message in (
         ([], "^calibration: no inputs"),
         ([{}], "^calibration: no input 'x'; give x$"),
