@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.exportable import Exportable
+from export.compare import joined
+from export.exportable import Exportable, in_torch
 from export.lowering import lower
 from export.notes import note
-from export.onnx import routing, save, varying
+from export.onnx import place, routing, save, varying
 from export.settings import OnnxSettings
 from export.trace import trace
-from export.verify import Verified, verify_exact, verify_quantized
-from moecore.files import atomic_path
+from export.verify import Verified, refuse_changed, refuse_inexact, verify
+from moecore import __version__
 
 if TYPE_CHECKING:
     import onnx
@@ -36,15 +39,30 @@ def deliver(exportable: Exportable, form: str, path: Path, settings: OnnxSetting
     opaque = traced(exportable)
     graph, experts = _graph(exportable, opaque, form, settings)
     graph = exportable.finish(graph) if exportable.finish else graph
-    notes = {**exportable.metadata, **routing(opaque), "format": form, "experts": experts}
-    with atomic_path(path) as temporary:
-        save(graph, temporary, notes)
-        if form == "onnx" and experts not in _INEXACT:
-            found = verify_exact(exportable, temporary, opaque, form)
-        else:
-            found = verify_quantized(exportable, temporary, opaque, form, settings)
+    expected = [in_torch(exportable.module)(sample) for sample in exportable.samples]
+    notes = {**exportable.metadata, **routing(opaque), "format": form, "experts": experts, **_origin()}
+    if exportable.score is not None:
+        notes["metrics"] = {exportable.score.name: exportable.score.of(joined(expected))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        made = save(graph, Path(folder) / path.name, notes)
+        exact = form == "onnx" and experts not in _INEXACT
+        found = verify(exportable, made, opaque, form, expected)
+        refuse_inexact(found.comparison) if exact else refuse_changed(found, settings)
+        place(made, path)
     note(path, found.plain() | {"experts": experts})
     return found
+
+
+def _origin() -> dict[str, str]:
+    """The version that wrote a file, and its commit where that is known."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"moecore_version": __version__}
+    return {"moecore_version": __version__, "moecore_commit": done.stdout.strip()}
 
 
 def traced(exportable: Exportable, static: bool = False) -> onnx.ModelProto:

@@ -36,8 +36,8 @@ def latency(exportable: Exportable, path: Path, opaque: onnx.ModelProto) -> dict
     Returns:
         `<form>_ms_p50` and `_p99` in CPU time on one thread, for the file (`export`), PyTorch eager (`torch`), and
         where the model has mixtures the graph with all experts (`all_experts`) and the dense model of equal active
-        multiply-adds (`dense_equal`); `export_all_threads_ms_p50`, wall time on all cores; `peak_memory_mib` of a
-        process that loads and runs the file, less that of one that does nothing.
+        multiply-adds (`dense_equal`); of the file as `export_all_threads` the wall time on all cores; `peak_memory_mib`
+        of a process that loads and runs the file, less that of one that does nothing.
     """
     sample = exportable.single()
     calls = {"export": _call(session_of(path), sample)}
@@ -48,12 +48,17 @@ def latency(exportable: Exportable, path: Path, opaque: onnx.ModelProto) -> dict
             graph = exportable.finish(graph) if exportable.finish else graph
             calls[name] = _call(session_of(graph), sample)
     rounds = _rounds(calls)
-    found: dict[str, float] = {}
-    for name, seconds in timed(calls, rounds).items():
-        found |= {f"{name}_ms_p{q}": 1e3 * float(np.percentile(seconds, q)) for q in (50, 99)}
-    threads = {"all": _call(session_of(path, threads=0), sample)}
-    found["export_all_threads_ms_p50"] = 1e3 * float(np.median(timed(threads, rounds, time.perf_counter)["all"]))
+    found = _percentiles(timed(calls, rounds))
+    threads = {"export_all_threads": _call(session_of(path, threads=0), sample)}
+    found |= _percentiles(timed(threads, rounds, time.perf_counter))
     return found | ({"peak_memory_mib": peak_memory(path, sample)} if Path("/proc/self/status").exists() else {})
+
+
+def _percentiles(times: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Seconds of calls, by form -> milliseconds."""
+    return {
+        f"{name}_ms_p{q}": 1e3 * float(np.percentile(seconds, q)) for name, seconds in times.items() for q in (50, 99)
+    }
 
 
 def _call(session, sample: Sample):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +86,7 @@ def save(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, Any] | None 
 
     Args:
         proto: without opaque nodes.
-        path: of the file; weights of over 2 GB go into a second file beside it, `<name>.data`.
+        path: of the file; weights of over 2 GB go into a second file beside it, `<name>.<mark>.data`.
         metadata: plain data, values other than strings as JSON; added to what is there.
     """
     import onnx
@@ -98,12 +101,33 @@ def save(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, Any] | None 
         onnx.checker.check_model(proto, full_check=True)
     with atomic_path(path) as temporary:
         if large:
-            data = path.with_name(f"{path.name}.data")
-            onnx.save_model(proto, temporary, save_as_external_data=True, location=data.name)
+            beside = f"{path.name}.{uuid.uuid4().hex[:8]}.data"  # never that of the file before
+            onnx.save_model(proto, temporary, save_as_external_data=True, location=beside)
             onnx.checker.check_model(str(temporary), full_check=True)
         else:
             onnx.save_model(proto, temporary)
     return path
+
+
+def place(made: Path, path: Path) -> None:
+    """Give a finished file, and the weights beside it, the place of another.
+
+    Args:
+        made: in a folder of its own on the same file system, by the name that it shall have.
+        path: where it goes; weights of the file that was there are deleted.
+    """
+    stale = set(path.parent.glob(f"{glob.escape(path.name)}.*.data"))
+    for weights in made.parent.glob(f"{glob.escape(made.name)}.*.data"):
+        os.replace(weights, path.with_name(weights.name))
+    os.replace(made, path)
+    for weights in stale:
+        weights.unlink()
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file with the weights beside it."""
+    beside = path.parent.glob(f"{glob.escape(path.name)}.*.data")
+    return sum(one.stat().st_size for one in (path, *beside))
 
 
 def _names(name: str | Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from export.errors import ExportError
 from export.exportable import Exportable, Outputs, Runner, Sample
 from export.latency import latency
 from export.measure import session_of
+from export.onnx import file_bytes
 from export.settings import OnnxSettings
 
 if TYPE_CHECKING:
@@ -57,15 +59,24 @@ def in_onnxruntime(source: Path | onnx.ModelProto) -> Runner:
     return run
 
 
-def verify_exact(exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str) -> Verified:
-    """Measure a file that must give PyTorch's numbers.
+def verify(
+    exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str, expected: Sequence[Outputs]
+) -> Verified:
+    """Measure a file.
 
-    Raises:
-        ExportError: if outputs or decisions differ beyond rounding.
+    Args:
+        exportable: the model.
+        path: of the file.
+        opaque: the traced graph that it was made from.
+        form: of the file.
+        expected: what PyTorch gives for the samples.
     """
-    found = _verify(exportable, path, opaque, form)
-    refuse_inexact(found.comparison)
-    return found
+    import onnx
+
+    comparison = compare(exportable, in_onnxruntime(path), expected)
+    routing = routing_agreement(exportable, onnx.load(path))
+    measured = {**latency(exportable, path, opaque), "file_bytes": float(file_bytes(path))}
+    return Verified(path, form, comparison, routing, measured)
 
 
 def refuse_inexact(comparison: Comparison) -> None:
@@ -80,15 +91,8 @@ def refuse_inexact(comparison: Comparison) -> None:
         raise ExportError(f"{lost} of {decisions.count} decisions differ from PyTorch's; no file was kept")
 
 
-def verify_quantized(
-    exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str, settings: OnnxSettings
-) -> Verified:
-    """Measure a file of lower precision.
-
-    Raises:
-        ExportError: if the task's figure or the routing moved further than the settings allow.
-    """
-    found = _verify(exportable, path, opaque, form)
+def refuse_changed(found: Verified, settings: OnnxSettings) -> None:
+    """Raise `ExportError` if the task's figure or the routing moved further than the settings allow."""
     if found.comparison.score:
         name, before, after, change = found.comparison.score
         if not change <= settings.max_score_change:
@@ -102,13 +106,3 @@ def verify_quantized(
             f"{worst}: {found.routing[worst]:.1%} of tokens keep their experts, fewer than "
             f"onnx.min_routing_agreement={settings.min_routing_agreement:g}; no file was kept"
         )
-    return found
-
-
-def _verify(exportable: Exportable, path: Path, opaque: onnx.ModelProto, form: str) -> Verified:
-    import onnx
-
-    comparison = compare(exportable, in_onnxruntime(path))
-    routing = routing_agreement(exportable, onnx.load(path))
-    measured = {**latency(exportable, path, opaque), "file_bytes": float(path.stat().st_size)}
-    return Verified(path, form, comparison, routing, measured)

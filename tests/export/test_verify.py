@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import moecore
+from export import onnx as onnx_files
 from export import verify
 from export.decisions import largest
 from export.deliver import deliver
@@ -46,6 +47,23 @@ def model() -> Exportable:
     )
 
 
+def test_weights_beyond_a_files_limit_go_beside_it(model, tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    deliver(model, "onnx", path)
+    whole = path.stat().st_size
+    monkeypatch.setattr(onnx_files, "LARGEST", 1000)
+    for _ in range(2):  # the second takes the place of the first
+        found = deliver(model, "onnx", path)
+        (weights,) = tmp_path.glob("m.onnx.*.data")
+        assert path.stat().st_size < weights.stat().st_size
+        assert whole * 0.9 < found.measured["file_bytes"] == path.stat().st_size + weights.stat().st_size
+    sample = model.single()
+    ours = session_of(path).run(None, dict(sample.feed))[0]
+    with torch.no_grad():
+        assert np.abs(ours - model.module(*sample.tensors).numpy()).max() < 1e-5
+    assert {one.name for one in tmp_path.iterdir()} == {NOTES, "m.onnx", weights.name}
+
+
 @pytest.mark.parametrize("experts", ["sparse", "auto"])
 def test_a_file_is_measured_and_noted(model, tmp_path, experts):
     found = deliver(model, "onnx", tmp_path / "m.onnx", OnnxSettings(experts=experts))
@@ -62,6 +80,8 @@ def test_a_file_is_measured_and_noted(model, tmp_path, experts):
     metadata = session_of(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["a", "b", "c"]
     assert metadata["experts"] == noted["experts"]
+    assert json.loads(metadata["metrics"]) == {"accuracy": 1.0}
+    assert metadata["moecore_version"] == moecore.__version__
 
 
 def test_routing_that_differs_is_seen(model, tmp_path):
