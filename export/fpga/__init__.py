@@ -1,4 +1,4 @@
-"""Fixed-point accelerators from ONNX: synthesizable C++ with golden values, and a simulator that gives the same bits."""
+"""Fixed-point accelerators from ONNX: synthesizable C++ with golden values, and a simulator of the same bits."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class _Golden:
     def __init__(self, program: Program, folder: Path) -> None:
         self.program, self.folder = program, folder
         self.lines: list[str] = []
-        self.numbers = {layer.name + layer.outputs[0]: number for number, layer in enumerate(program.layers)}
+        self.numbers = {layer.outputs[0]: number for number, layer in enumerate(program.layers)}
         self.overflows: dict[str, int] = {}
 
     def write(self, golden: Sequence[Mapping[str, np.ndarray]]) -> dict[str, int]:
@@ -105,7 +105,7 @@ class _Golden:
             self._add("input", number, 0, 0, codes, f"{run}/input_{number}.bin", "input", name)
 
         def watch(layer: Layer, results: list[np.ndarray], lost: int) -> None:
-            number = self.numbers[layer.name + layer.outputs[0]]
+            number = self.numbers[layer.outputs[0]]
             for part, (codes, name) in enumerate(zip(results, layer.outputs, strict=True)):
                 file = f"{run}/layer_{number:04d}_{part}.bin"
                 self._add("layer", number, part, lost if part == 0 else 0, codes, file, layer.op.kind, name)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from export.errors import ExportError
-from export.lowering.node import is_opaque
+from export.lowering.node import DOMAIN, is_opaque
 from moecore.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class FloatGraph:
         segment.outputs = sorted(made)
         outputs = [helper.make_empty_tensor_value_info(name) for name in segment.outputs]
         graph = helper.make_graph(segment.nodes, "segment", inputs, outputs, weights)
-        versions = [one for one in self.proto.opset_import if one.domain != "moecore"]
+        versions = [one for one in self.proto.opset_import if one.domain != DOMAIN]
         model = helper.make_model(graph, opset_imports=versions, functions=self.proto.functions)
         model.ir_version = self.proto.ir_version
         options = onnxruntime.SessionOptions()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.fpga.memory import Blob, plan_buffers
-from export.fpga.program import Program, Store
+from export.fpga.program import Constant, Program, Store
 
 KERNELS = Path(__file__).parent / "kernels"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,7 +44,7 @@ def sources(program: Program, memory: dict[Store, Blob]) -> dict[str, str]:
 
 def identifier(name: str) -> str:
     """A name of the model as C++ takes it."""
-    return re.sub(r"\W", "_", name)
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _tables(program: Program) -> str:
@@ -67,32 +68,54 @@ def _tables(program: Program) -> str:
     return "\n".join([*lines, "", "#endif", ""])
 
 
-def _of_store(program: Program, store: Store) -> list:
+def _of_store(program: Program, store: Store) -> list[Constant]:
     return [constant for constant in program.constants.values() if constant.store == store]
 
 
-def _ports_of(program: Program) -> list[tuple[str, str, str, int, int]]:
-    """Name of the model, port, direction, bits and elements of each input and output."""
-    found = []
-    for direction, names in (("in", program.inputs), ("out", program.outputs)):
-        for name, tensor in names.items():
-            width = program.format(tensor).width
-            found.append((name, f"{direction}_{identifier(name)}", direction, width, program.size(tensor)))
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the top function."""
+
+    name: str
+    """Of the model."""
+    symbol: str
+    """Of the argument."""
+    tensor: str
+    width: int
+    """Bits of each number."""
+    size: int
+    """Numbers."""
+
+
+def _ports_of(program: Program) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs."""
+    return _ports_along(program, "in", program.inputs), _ports_along(program, "out", program.outputs)
+
+
+def _ports_along(program: Program, direction: str, names: Mapping[str, str]) -> list[Port]:
+    found: list[Port] = []
+    for name, tensor in names.items():
+        symbol = f"{direction}_{identifier(name)}"
+        if any(port.symbol == symbol for port in found):  # names that differ in signs C++ does not have
+            symbol = f"{symbol}_{len(found)}"
+        found.append(Port(name, symbol, tensor, program.format(tensor).width, program.size(tensor)))
     return found
 
 
 def _signature(program: Program) -> str:
-    ports = [
-        f"{'const ' if direction == 'in' else ''}ap_int<{width}>* {port}"
-        for _, port, direction, width, _ in _ports_of(program)
+    inputs, outputs = _ports_of(program)
+    arguments = [
+        *(f"const ap_int<{port.width}>* {port.symbol}" for port in inputs),
+        *(f"ap_int<{port.width}>* {port.symbol}" for port in outputs),
+        *("const weight_t* weights", "const constant_t* constants", "int task", "Counter* overflow"),
     ]
-    rest = ["const weight_t* weights", "const constant_t* constants", "int task", "Counter* overflow"]
-    return f"void {FUNCTION}(\n    " + ",\n    ".join([*ports, *rest]) + ")"
+    return f"void {FUNCTION}(\n    " + ",\n    ".join(arguments) + ")"
 
 
 def _header(program: Program, memory: dict[Store, Blob]) -> str:
     weights, constants = memory["weights"], memory["constants"]
-    sizes = [f"// {name}: {size} numbers of {width} bits" for name, _, _, width, size in _ports_of(program)]
+    inputs, outputs = _ports_of(program)
+    sizes = [f"// {port.symbol}: {port.size} numbers of {port.width} bits" for port in (*inputs, *outputs)]
     return "\n".join(
         [
             "// The accelerator's top function. Inputs and outputs are fixed-point codes, see manifest.json.",
@@ -138,10 +161,10 @@ def _model(program: Program, memory: dict[Store, Blob]) -> str:
         for part, name in enumerate(layer.outputs):
             lines.append(f"  watch({number}, {part}, {place(name)}, {program.tensors[name].size});")
     lines.append("")
-    for (name, port, _, _, size), tensor in zip(
-        _ports_of(program)[len(program.inputs) :], program.outputs.values(), strict=True
-    ):
-        lines += [f"  // {name}", f"  for (int i = 0; i < {size}; ++i) {port}[i] = (long long)({place(tensor)})[i];"]
+    for port in _ports_of(program)[1]:
+        lines.append(
+            f"  for (int i = 0; i < {port.size}; ++i) {port.symbol}[i] = (long long)({place(port.tensor)})[i];"
+        )
     return "\n".join([*lines, "}", ""])
 
 
@@ -150,7 +173,7 @@ class _Expressions:
 
     def __init__(self, program: Program, memory: dict[Store, Blob], buffers: dict[str, str]) -> None:
         self.program, self.memory, self.buffers = program, memory, buffers
-        self.ports = {tensor: f"in_{identifier(name)}" for name, tensor in program.inputs.items()}
+        self.ports = {port.tensor: port.symbol for port in _ports_of(program)[0]}
         self.tables = {constant.name: f"table_{i}" for i, constant in enumerate(_of_store(program, "tables"))}
 
     def __call__(self, name: str) -> str:
@@ -168,8 +191,11 @@ class _Expressions:
 
 def _interfaces(program: Program) -> Iterable[str]:
     """Pragmas of the top function's ports."""
-    for _, port, direction, _, size in _ports_of(program):
-        yield f"#pragma HLS INTERFACE m_axi port = {port} offset = slave bundle = {direction} depth = {size}"
+    for bundle, ports in zip(("in", "out"), _ports_of(program), strict=True):
+        for port in ports:
+            yield (
+                f"#pragma HLS INTERFACE m_axi port = {port.symbol} offset = slave bundle = {bundle} depth = {port.size}"
+            )
     yield "#pragma HLS INTERFACE m_axi port = weights offset = slave bundle = weights depth = WEIGHTS"
     yield "#pragma HLS INTERFACE m_axi port = constants offset = slave bundle = constants depth = CONSTANTS"
     yield "#pragma HLS INTERFACE m_axi port = overflow offset = slave bundle = out depth = LAYERS"
@@ -179,8 +205,7 @@ def _interfaces(program: Program) -> Iterable[str]:
 
 def _ports(program: Program) -> str:
     """The host's side: codes as vectors of whole numbers, by number of the port."""
-    ports = _ports_of(program)
-    inputs, outputs = ports[: len(program.inputs)], ports[len(program.inputs) :]
+    inputs, outputs = _ports_of(program)
     lines = [
         "// Inputs and outputs for the testbench, in the order of the manifest.",
         "#ifndef MODEL_PORTS_H",
@@ -191,28 +216,20 @@ def _ports(program: Program) -> str:
         '#include "model.h"',
         "",
         "typedef std::vector<long long> Codes;",
-        f"const int INPUTS = {len(inputs)}, OUTPUTS = {len(outputs)};",
-        f"static const char* const output_names[] = {{{', '.join(_quoted(name) for name, *_ in outputs)}}};",
         "",
         "inline void run_model(const std::vector<Codes>& inputs, std::vector<Codes>& outputs, const weight_t* weights,",
         "                      const constant_t* constants, int task, Counter* overflow) {",
     ]
-    for number, (_, port, _, width, _) in enumerate(inputs):
-        lines.append(f"  const std::vector<ap_int<{width}> > {port}(inputs[{number}].begin(), inputs[{number}].end());")
-    lines += [f"  std::vector<ap_int<{width}> > {port}({size});" for _, port, _, width, size in outputs]
-    given = ", ".join(f"{port}.data()" for _, port, *_ in ports)
-    lines.append(f"  {FUNCTION}({given}, weights, constants, task, overflow);")
-    lines.append("  outputs.clear();")
-    for _, port, _, _, _ in outputs:
-        lines += [
-            "  outputs.push_back(Codes());",
-            f"  for (auto code : {port}) outputs.back().push_back((long long)code);",
-        ]
+    for number, port in enumerate(inputs):
+        given = f"inputs[{number}].begin(), inputs[{number}].end()"
+        lines.append(f"  const std::vector<ap_int<{port.width}> > {port.symbol}({given});")
+    lines += [f"  std::vector<ap_int<{port.width}> > {port.symbol}({port.size});" for port in outputs]
+    pointers = ", ".join(f"{port.symbol}.data()" for port in (*inputs, *outputs))
+    lines.append(f"  {FUNCTION}({pointers}, weights, constants, task, overflow);")
+    lines.append(f"  outputs.assign({len(outputs)}, Codes());")
+    for number, port in enumerate(outputs):
+        lines.append(f"  for (auto code : {port.symbol}) outputs[{number}].push_back((long long)code);")
     return "\n".join([*lines, "}", "", "#endif", ""])
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def file_codes(codes: np.ndarray) -> bytes:

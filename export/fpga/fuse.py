@@ -103,7 +103,9 @@ def _scaled_norm(finder: Finder, node: Node) -> tuple[Node, list[Node]] | None:
             own = graph.constant(made.inputs[1])
             factor = graph.constant(scale)
             graph.constants[product] = own * factor.reshape(len(factor), -1)
-            return Node(made.op, made.name, (made.inputs[0], product), node.outputs, made.attributes, made.origin), [made]
+            return Node(made.op, made.name, (made.inputs[0], product), node.outputs, made.attributes, made.origin), [
+                made
+            ]
     return None
 
 

@@ -92,7 +92,7 @@ def read(graph: FloatGraph, observed: dict[str, Observed], first: Values) -> Gra
     result = Graph([], constants, graph.inputs, graph.outputs, {}, observed)
     for proto in graph.proto.graph.node:
         node = _node(proto)
-        if _never_changes(node, result):
+        if _never_changes(node, result) or _is_special(node, result):
             for name in filter(None, node.outputs):
                 constants[name] = np.asarray(first[name])[None]
         elif (source := _view_of(node, result)) is not None:
@@ -113,10 +113,28 @@ def _node(proto: onnx.NodeProto) -> Node:
 
 def _never_changes(node: Node, graph: Graph) -> bool:
     given = [name for name in node.inputs if name]
-    if node.op in FINITE or all(map(graph.is_constant, given)):
-        return True
     fixed = [graph.constant(name) for name in given if graph.is_constant(name)]
-    return node.op == "Equal" and any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in fixed)
+    if len(fixed) == len(given):
+        return True
+    if node.op == "And":
+        return any(not array.any() for array in fixed)
+    return node.op == "Or" and any(array.all() for array in fixed)
+
+
+def _is_special(node: Node, graph: Graph) -> bool:
+    """Whether a node tests for NaN or infinity, which holds for nothing in fixed point.
+
+    Raises:
+        ExportError: if it held for something in calibration.
+    """
+    fixed = [graph.constant(name) for name in node.inputs if name and graph.is_constant(name)]
+    infinite = any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in fixed)
+    if node.op not in FINITE and not (node.op == "Equal" and infinite):
+        return False
+    if graph.observed[node.outputs[0]].high > 0:
+        where = node.origin or node.name or node.outputs[0]
+        raise ExportError(f"{where}: {node.op} held in calibration; fixed point has no NaN or infinity; {NEAREST}")
+    return True
 
 
 def _view_of(node: Node, graph: Graph) -> str | None:

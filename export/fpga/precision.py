@@ -37,7 +37,7 @@ class Precision:
     decisions: float | None
     """Share of equal argmaxes; None where no output has two values to choose from."""
     routing: float | None
-    """Share of (token, expert) pairs chosen in float that are chosen in fixed point too; None without routed experts."""
+    """Share of (token, expert) pairs chosen in float that fixed point chooses too; None without routed experts."""
     overflows: int
     """Results that did not fit, over all inputs."""
 
@@ -149,7 +149,7 @@ def as_table(rows: Sequence[Precision]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        shares = ["–" if share is None else f"{100 * share:.2f}%" for share in (row.decisions, row.routing)]
+        shares = ["-" if share is None else f"{100 * share:.2f}%" for share in (row.decisions, row.routing)]
         cells = [row.weight_width, row.activation_width, f"{row.error:.2e}", *shares, row.overflows]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A compiled model: tensors with formats, constants as codes, layers in order. What is simulated, emitted and stored."""
+"""A compiled model: tensors with formats, constants as codes, layers in order: what is simulated, emitted, stored."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ template <int INNER, int OUTPUTS, int TILE_IN, int TILE_OUT, int ACC, int BIAS_S
 void row(const ap_int<WX>* x, const ap_int<WW>* weight, const ap_int<WB>* bias, typename RULE::Code* y, Counter& overflow) {
     for (int first = 0; first < OUTPUTS; first += TILE_OUT) {
         ap_int<ACC> total[TILE_OUT];
-#pragma HLS ARRAY_PARTITION variable = total complete
+#pragma HLS ARRAY_PARTITION variable = total type = complete
         for (int o = 0; o < TILE_OUT; ++o) {
 #pragma HLS UNROLL
             total[o] = first + o < OUTPUTS ? shift_left(bias[first + o], BIAS_SHIFT) : 0;
@@ -174,12 +174,12 @@ void experts(const ap_int<WX>* x, const ap_int<WE>* expert, const ap_int<WK>* we
     static ap_int<W::sum> total[S::tokens * S::outputs];
     static ap_int<WQ> slot[S::slots];
     static Weights<S, GATED, WW, WB> ping, pong;
-#pragma HLS ARRAY_PARTITION variable = ping.up cyclic factor = S::tile_in
-#pragma HLS ARRAY_PARTITION variable = pong.up cyclic factor = S::tile_in
-#pragma HLS ARRAY_PARTITION variable = ping.gate cyclic factor = S::tile_in
-#pragma HLS ARRAY_PARTITION variable = pong.gate cyclic factor = S::tile_in
-#pragma HLS ARRAY_PARTITION variable = ping.down cyclic factor = S::tile_in
-#pragma HLS ARRAY_PARTITION variable = pong.down cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = ping.up type = cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = pong.up type = cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = ping.gate type = cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = pong.gate type = cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = ping.down type = cyclic factor = S::tile_in
+#pragma HLS ARRAY_PARTITION variable = pong.down type = cyclic factor = S::tile_in
     int start[S::experts + 1], active[S::experts], count = 0;
     queue_slots<S>(expert, slot, start);
     for (int i = 0; i < S::tokens * S::outputs; ++i) {

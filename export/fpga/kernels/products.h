@@ -10,8 +10,8 @@ template <int ROWS, int INNER, int OUTPUTS, int TILE_IN, int TILE_OUT, int ACC, 
 void linear(const ap_int<WX>* x, const ap_int<WW>* weight, const ap_int<WB>* bias, ap_int<WY>* y, Counter& overflow) {
     for (int first = 0; first < OUTPUTS; first += TILE_OUT) {
         ap_int<WW> tile[TILE_OUT][INNER];
-#pragma HLS ARRAY_PARTITION variable = tile complete dim = 1
-#pragma HLS ARRAY_PARTITION variable = tile cyclic factor = TILE_IN dim = 2
+#pragma HLS ARRAY_PARTITION variable = tile type = complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = tile type = cyclic factor = TILE_IN dim = 2
         for (int o = 0; o < TILE_OUT; ++o)
             for (int i = 0; i < INNER; ++i) {
 #pragma HLS PIPELINE II = 1
@@ -19,7 +19,7 @@ void linear(const ap_int<WX>* x, const ap_int<WW>* weight, const ap_int<WB>* bia
             }
         for (int r = 0; r < ROWS; ++r) {
             ap_int<ACC> total[TILE_OUT];
-#pragma HLS ARRAY_PARTITION variable = total complete
+#pragma HLS ARRAY_PARTITION variable = total type = complete
             for (int o = 0; o < TILE_OUT; ++o) {
 #pragma HLS UNROLL
                 total[o] = first + o < OUTPUTS ? shift_left(bias[first + o], BIAS_SHIFT) : 0;
@@ -50,8 +50,8 @@ void matmul(const ap_int<WA>* a, const ap_int<WB>* b, ap_int<WY>* y, Counter& ov
     for (int n = 0; n < BATCH; ++n)
         for (int first = 0; first < COLUMNS; first += TILE_OUT) {
             ap_int<WB> tile[TILE_OUT][INNER];
-#pragma HLS ARRAY_PARTITION variable = tile complete dim = 1
-#pragma HLS ARRAY_PARTITION variable = tile cyclic factor = TILE_IN dim = 2
+#pragma HLS ARRAY_PARTITION variable = tile type = complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = tile type = cyclic factor = TILE_IN dim = 2
             for (int i = 0; i < INNER; ++i)
                 for (int c = 0; c < TILE_OUT; ++c) {
 #pragma HLS PIPELINE II = 1
@@ -59,7 +59,7 @@ void matmul(const ap_int<WA>* a, const ap_int<WB>* b, ap_int<WY>* y, Counter& ov
                 }
             for (int r = 0; r < ROWS; ++r) {
                 ap_int<ACC> total[TILE_OUT];
-#pragma HLS ARRAY_PARTITION variable = total complete
+#pragma HLS ARRAY_PARTITION variable = total type = complete
                 for (int c = 0; c < TILE_OUT; ++c) {
 #pragma HLS UNROLL
                     total[c] = 0;
@@ -92,7 +92,7 @@ void conv2d(const ap_int<WX>* x, const ap_int<WW>* weight, const ap_int<WB>* bia
     for (int g = 0; g < GROUPS; ++g)
         for (int first = 0; first < outputs; first += TILE_OUT) {
             ap_int<WW> tile[TILE_OUT][own * KH * KW];
-#pragma HLS ARRAY_PARTITION variable = tile complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = tile type = complete dim = 1
             for (int o = 0; o < TILE_OUT; ++o)
                 for (int i = 0; i < own * KH * KW; ++i) {
 #pragma HLS PIPELINE II = 1
@@ -101,7 +101,7 @@ void conv2d(const ap_int<WX>* x, const ap_int<WW>* weight, const ap_int<WB>* bia
             for (int row = 0; row < OUT_HEIGHT; ++row)
                 for (int column = 0; column < OUT_WIDTH; ++column) {
                     ap_int<ACC> total[TILE_OUT];
-#pragma HLS ARRAY_PARTITION variable = total complete
+#pragma HLS ARRAY_PARTITION variable = total type = complete
                     for (int o = 0; o < TILE_OUT; ++o) {
 #pragma HLS UNROLL
                         total[o] = first + o < outputs ? shift_left(bias[g * outputs + first + o], BIAS_SHIFT) : 0;

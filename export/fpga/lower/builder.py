@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from export.errors import ExportError
 from export.fpga.calibrate import Observed
-from export.fpga.formats import FLAG, INDEX, Fixed, Requantise, bits_of, choose, declare
+from export.fpga.formats import FLAG, INDEX, LIMIT, Fixed, Requantise, bits_of, choose, declare
 from export.fpga.graph import NEAREST, Graph, Node
 from export.fpga.ops import Op
 from export.fpga.ops.base import nest, strides_of
@@ -17,6 +19,26 @@ from export.fpga.program import Constant, FixedSettings, Layer, Program, Store, 
 
 UNBOUNDED = 1 << 20
 """More bits behind the binary point than any format has."""
+Operand = tuple[str, Fixed]
+"""A name in the program, and its format."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a constant's values are brought to before they are quantised."""
+
+    infinity: float | None = None
+    """Stands for infinity; None: more than twice the constant's largest finite value."""
+    most: float = math.inf
+    """Finite values beyond this are so far that no more need be known of them."""
+
+    @classmethod
+    def outside(cls, form: Fixed, infinity: float | None = None) -> Limit:
+        """Beyond a format by a factor of two: still counted as an overflow where it is taken."""
+        return cls(infinity, math.ldexp(1.0, form.integer))
+
+
+FREE = Limit()
 
 
 class Builder:
@@ -79,7 +101,7 @@ class Builder:
             fraction: bits behind the binary point that the layer can give at most.
             bounds: values that its function cannot leave, whatever the input.
         """
-        kind = self.graph.kind(name) if name in self.graph.observed and ":" not in name else "f"
+        kind = self.graph.kind(name) if name in self.graph.observed else "f"
         if kind != "f":
             return FLAG if kind == "b" else INDEX
         seen = self.observed(name)
@@ -93,6 +115,12 @@ class Builder:
         """From an accumulator with so many bits behind the binary point to a format."""
         return Requantise(fraction - form.fraction, form.width, self.settings.wrap)
 
+    def shifted(self, form: Fixed, result: Fixed) -> Requantise:
+        """From one format to another; the shift is checked."""
+        rule = self.rule(form.fraction, result)
+        self.accumulator(form.width, rule)
+        return rule
+
     def accumulator(self, bits: int, rule: Requantise) -> int:
         """Its declared width, for values of so many bits.
 
@@ -103,19 +131,17 @@ class Builder:
             rule.bits(bits), f"{self.where} ({self.node.op})", "choose smaller widths of weights or activations"
         )
 
-    def operand(
-        self, name: str, fraction: int = UNBOUNDED, store: Store = "constants", infinity: float | None = None
-    ) -> tuple[str, Fixed]:
-        """A tensor to read and its format.
+    def operand(self, name: str, fraction: int = UNBOUNDED, store: Store = "constants", limit: Limit = FREE) -> Operand:
+        """A tensor to read, and its format.
 
         Args:
             name: a tensor, or a constant, which is then quantised.
             fraction: of a constant, bits behind the binary point at most.
             store: of a constant.
-            infinity: of a constant, what stands for infinity.
+            limit: of a constant, what becomes of values that are infinite or far away.
         """
         if self.graph.is_constant(name):
-            return self.constant(self.graph.base(name), self.graph.constant(name), fraction, store, infinity)
+            return self.constant(self.graph.base(name), self.graph.constant(name), fraction, store, limit)
         base = self.graph.base(name)
         return base, self.program.format(base)
 
@@ -125,27 +151,32 @@ class Builder:
         array: np.ndarray,
         fraction: int = UNBOUNDED,
         store: Store = "constants",
-        infinity: float | None = None,
-    ) -> tuple[str, Fixed]:
+        limit: Limit = FREE,
+    ) -> Operand:
         """An array `[variants, *shape]` as codes in the finest format that holds it.
 
         Raises:
-            ExportError: for whole numbers beyond 32 bits.
+            ExportError: for NaN, or whole numbers beyond 32 bits.
         """
         if array.dtype.kind in "iub":
             form, store = FLAG if array.dtype.kind == "b" else INDEX, "constants"
         else:
-            seen = Observed((), "f")
-            seen.add(array)
-            if seen.missing:
-                raise self.refuse(f"with NaN in {name}")
-            array = np.where(np.isinf(array), np.sign(array) * (infinity or seen.infinity), array.astype(np.float64))
+            array = self._finite(name, array, limit)
             width = self.settings.weight_width if store == "weights" else self.width
             form = choose(min(float(array.min()), 0.0), max(float(array.max()), 0.0), width)
             form = Fixed(width, max(form.integer, width - fraction))
         if form.overflows(array):
             raise self.refuse(f"with constant {name} beyond {form.width} bits")
         return self.codes(name, form.encode(array), form, store), form
+
+    def _finite(self, name: str, array: np.ndarray, limit: Limit) -> np.ndarray:
+        seen = Observed((), "f")
+        seen.add(array)
+        if seen.missing:
+            raise self.refuse(f"with NaN in {name}")
+        infinity = seen.infinity if limit.infinity is None else limit.infinity
+        array = np.where(np.isinf(array), np.sign(array) * infinity, array.astype(np.float64))
+        return np.clip(array, -limit.most, limit.most)
 
     def codes(self, name: str, codes: np.ndarray, form: Fixed, store: Store) -> str:
         """Register codes `[variants, *shape]`; the same ones under one name once."""
@@ -167,11 +198,9 @@ class Builder:
         """Magnitude of the largest code of an operand."""
         base, _ = self.program.resolve(name)
         constant = self.program.constants.get(base)
-        return (
-            1 << (self.program.format(base).width - 1)
-            if constant is None
-            else int(np.abs(constant.codes).max(initial=0))
-        )
+        if constant is None:
+            return 1 << (self.program.format(base).width - 1)
+        return int(np.abs(constant.codes).max(initial=0))
 
     def tensor(self, name: str, shape: Sequence[int], form: Fixed) -> str:
         """Register a tensor that a layer gives."""
@@ -200,9 +229,8 @@ class Builder:
             strides: in the source, one for each.
             offset: of the first element.
         """
-        if [s for s, n in zip(strides, shape, strict=True) if n > 1] == [
-            s for s, n in zip(strides_of(shape), shape, strict=True) if n > 1
-        ]:
+        steps = zip(shape, strides, strides_of(shape), strict=True)
+        if all(stride == consecutive for size, stride, consecutive in steps if size > 1):
             self.program.views[output] = View(source, offset, int(np.prod(shape, dtype=np.int64)))
             return output
         loops = nest(shape, strides)
@@ -227,6 +255,8 @@ def align(a: Fixed, b: Fixed) -> int:
 def aligned_bits(form: Fixed, fraction: int) -> int:
     """Bits of an operand at another binary point."""
     shift = form.fraction - fraction
+    if shift >= LIMIT - 1:
+        return LIMIT + 1  # nothing would be left of it
     return form.width - shift if shift <= 0 else max(form.width - shift, 1) + 1
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from export.fpga.formats import INDEX
 from export.fpga.graph import Node
-from export.fpga.lower.builder import Builder
+from export.fpga.lower.builder import Builder, Limit
 from export.fpga.ops.base import broadcast_strides, strides_of
 from export.fpga.ops.moves import Concat, Gather, GatherElements, Resize, ScatterElements
 
@@ -108,14 +108,14 @@ def concat(build: Builder, names: Sequence[str], axis: int, output: str, shape: 
     names = [name for name in names if math.prod(build.shape(name))]
     moving = {build.operand(name)[1] for name in names if not build.graph.is_constant(name)}
     wanted = build.result(output)
-    infinity = build.observed(output).infinity
-    parts = [build.operand(name, wanted.fraction, infinity=infinity) for name in names]
+    limit = Limit.outside(wanted, build.observed(output).infinity)
+    parts = [build.operand(name, wanted.fraction, limit=limit) for name in names]
     forms = {form for _, form in parts}
     result = (
         forms.pop() if len(forms) == 1 and moving else build.result(output, max(form.fraction for _, form in parts))
     )
     lengths = tuple(math.prod(build.shape(name)[axis:]) for name in names)
-    shifts = tuple(form.fraction - result.fraction for _, form in parts)
+    shifts = tuple(build.shifted(form, result).shift for _, form in parts)
     op = Concat(math.prod(shape[:axis]), lengths, shifts, result.width, build.settings.wrap)
     build.layer(op, [codes for codes, _ in parts], output, result)
 
@@ -188,10 +188,11 @@ def _scatter(build: Builder, node: Node, x: str, numbers: str, updates: str, siz
     output, how = node.outputs[0], node.get("reduction", "none")
     if how not in ("none", "add"):
         raise build.refuse(f"with reduction {how}")
-    wanted, infinity = build.result(output), build.observed(output).infinity
-    parts = [build.operand(name, wanted.fraction, infinity=infinity) for name in (x, updates)]
+    wanted = build.result(output)
+    limit = Limit.outside(wanted, build.observed(output).infinity)
+    parts = [build.operand(name, wanted.fraction, limit=limit) for name in (x, updates)]
     result = build.result(output, max(form.fraction for _, form in parts))
-    shifts = [form.fraction - result.fraction for _, form in parts]
+    shifts = [build.shifted(form, result).shift for _, form in parts]
     op = ScatterElements(*sizes, how == "add", *shifts, result.width, build.settings.wrap)
     build.layer(op, [parts[0][0], numbers, parts[1][0]], output, result)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from export.fpga.formats import FLAG, INDEX, Fixed, Requantise
 from export.fpga.graph import Node
-from export.fpga.lower.builder import UNBOUNDED, Builder, align, aligned_bits
+from export.fpga.lower.builder import FREE, Builder, Limit, Operand, align, aligned_bits
 from export.fpga.ops.base import broadcast_strides, nest
 from export.fpga.ops.pointwise import Binary, Divide, Select, Unary
 
@@ -67,15 +67,19 @@ def binary(build: Builder, function: str, left: str, right: str, output: str) ->
     build.layer(op, [a, b], output, result)
 
 
-def _operands(build: Builder, function: str, left: str, right: str, output: str) -> list[tuple[str, Fixed]]:
-    """Both; a constant beside an activation no finer than can matter."""
+def _operands(build: Builder, function: str, left: str, right: str, output: str) -> list[Operand]:
+    """Both; a constant beside an activation no finer, and no further away, than can matter."""
     found = {name: build.operand(name) for name in (left, right) if not build.graph.is_constant(name)}
-    finest = UNBOUNDED
-    if found and function != "mul":
-        forms = [form.fraction for _, form in found.values()]
-        finest = max(*forms, build.result(output).fraction if function not in TESTS else forms[0]) + FINER
-    infinity = build.observed(output).infinity if function not in TESTS else None
-    return [found.get(name) or build.operand(name, finest, infinity=infinity) for name in (left, right)]
+    if not found or function == "mul":
+        return [found.get(name) or build.operand(name) for name in (left, right)]
+    finest, limit = max(form.fraction for _, form in found.values()), FREE
+    if function in TESTS:
+        limit = Limit.outside(next(iter(found.values()))[1])
+    else:
+        wanted = build.result(output)
+        finest, infinity = max(finest, wanted.fraction), build.observed(output).infinity
+        limit = Limit.outside(wanted, infinity) if function in ("max", "min") else Limit(infinity)
+    return [found.get(name) or build.operand(name, finest + FINER, limit=limit) for name in (left, right)]
 
 
 def lower_div(build: Builder, node: Node) -> None:
@@ -139,10 +143,11 @@ def lower_select(build: Builder, node: Node) -> None:
     choice, _ = build.operand(condition)
     seen = build.observed(output)
     wanted = build.result(output)
-    parts = [build.operand(name, wanted.fraction, infinity=seen.infinity) for name in (left, right)]
+    limit = Limit.outside(wanted, seen.infinity)
+    parts = [build.operand(name, wanted.fraction, limit=limit) for name in (left, right)]
     result = build.result(output, max(form.fraction for _, form in parts))
     sizes, *strides = loops(build, output, condition, left, right)
-    op = Select(sizes, *strides, *(build.rule(form.fraction, result) for _, form in parts))
+    op = Select(sizes, *strides, *(build.shifted(form, result) for _, form in parts))
     build.layer(op, [choice, *(codes for codes, _ in parts)], output, result)
 
 

@@ -192,7 +192,9 @@ def test_tasks_of_other_structure_are_refused(tmp_path):
     deeper.head = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 4))
     example = torch.from_numpy(feeds[0]["images"])
     protos = {n: trace(m.eval(), example, ["images"], ["scores"]) for n, m in (("a", Vit()), ("b", deeper))}
-    with pytest.raises(ExportError, match=r"^task b: its graph has \d+ layers, the first one's \d+; export the tasks one "):
+    with pytest.raises(
+        ExportError, match=r"^task b: its graph has \d+ layers, the first one's \d+; export the tasks one "
+    ):
         export_fpga(protos, feeds, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
@@ -225,7 +227,9 @@ def test_queues_in_the_bundle_are_the_models_routing(two_tasks):
     (routing,) = recording
     lines = [line.split() for line in (folder / "golden" / "index.txt").read_text().splitlines()]
     start = next(i for i, line in enumerate(lines) if line[:2] == ["case", "1"])
-    parts = {line[2]: np.fromfile(folder / line[5], "<i4") for line in lines[start:] if line[-1].startswith("_symbolic")}
+    parts = {
+        line[2]: np.fromfile(folder / line[5], "<i4") for line in lines[start:] if line[-1].startswith("_symbolic")
+    }
     assert parts["2"].tolist() == routing.assignment.load().tolist()
     queue = np.split(parts["1"], np.cumsum(parts["2"]))
     for expert, tokens in enumerate(queue[:5]):
@@ -240,7 +244,7 @@ def test_a_changed_file_is_not_simulated(tmp_path):
     raw = bytearray(weights.read_bytes())
     raw[0] ^= 1
     weights.write_bytes(bytes(raw))
-    with pytest.raises(ExportError, match="not the file that manifest.json describes"):
+    with pytest.raises(ExportError, match=r"not the file that manifest\.json describes"):
         simulate_bundle(folder, feeds[:1])
     weights.unlink()
     with pytest.raises(ExportError, match="No such file"):

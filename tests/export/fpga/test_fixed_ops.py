@@ -36,11 +36,16 @@ def test_a_linear_layer_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("groups", "stride", "dilation", "before"), [(1, (1, 1), (1, 1), (0, 0)), (2, (2, 1), (1, 2), (1, 2)), (4, (1, 2), (2, 1), (2, 0))]
+    ("groups", "stride", "dilation", "before"),
+    [(1, (1, 1), (1, 1), (0, 0)), (2, (2, 1), (1, 2), (1, 2)), (4, (1, 2), (2, 1), (2, 0))],
 )
 def test_convolution_is_torchs(groups, stride, dilation, before):
     rng = np.random.default_rng(1)
-    x, weight, bias = rng.integers(-90, 90, (4, 7, 8)), rng.integers(-50, 50, (8, 4 // groups, 3, 2)), rng.integers(-9, 9, 8)
+    x, weight, bias = (
+        rng.integers(-90, 90, (4, 7, 8)),
+        rng.integers(-50, 50, (8, 4 // groups, 3, 2)),
+        rng.integers(-9, 9, 8),
+    )
     given = [torch.from_numpy(each).double() for each in (x[None], weight, bias)]
     expected = torch.nn.functional.conv2d(*given, stride, before, dilation, groups)[0]
     to = Requantise(0, 40)
@@ -50,7 +55,9 @@ def test_convolution_is_torchs(groups, stride, dilation, before):
 
 
 def test_roots_are_exact_floors():
-    values = np.array([0, 1, 2, 3, 4, 2**52, 2**60 - 1, 2**61 + 12345, 2**62 - 1, (2**31 - 1) ** 2, (2**31 - 1) ** 2 - 1])
+    values = np.array(
+        [0, 1, 2, 3, 4, 2**52, 2**60 - 1, 2**61 + 12345, 2**62 - 1, (2**31 - 1) ** 2, (2**31 - 1) ** 2 - 1]
+    )
     root = integer_root(values).astype(object)
     assert ((root**2 <= values.astype(object)) & ((root + 1) ** 2 > values.astype(object))).all()
 
@@ -122,7 +129,24 @@ def test_experts_slot_by_slot():
     biases = [rng.integers(-20, 20, (count, size)) for size in (hidden, hidden, outputs)]
     to = Requantise(0, 50)
     op = Experts(
-        tokens, top_k, count, inner, hidden, outputs, True, "relu", (1, 0, 2), 0, 0, 1, -1, 2, 2, (60,) * 3, 60, *[to] * 6
+        tokens,
+        top_k,
+        count,
+        inner,
+        hidden,
+        outputs,
+        True,
+        "relu",
+        (1, 0, 2),
+        0,
+        0,
+        1,
+        -1,
+        2,
+        2,
+        (60,) * 3,
+        60,
+        *[to] * 6,
     )
     (y, queue, lengths), _ = op.run(x, expert, weight, up, gate, down, *biases, np.zeros(2, np.int64))
     expected = np.zeros((tokens, outputs), np.int64)
@@ -149,5 +173,7 @@ def test_every_kind_of_layer_survives_as_plain_data():
     program, _ = random_program(5, 1)
     assert {layer.op.kind for layer in program.layers} == set(OPS)
     for layer in program.layers:
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in layer.op.parameters().items()}
+        plain = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in layer.op.parameters().items()
+        }
         assert OPS[layer.op.kind].load(plain) == layer.op

@@ -34,9 +34,7 @@ def test_halves_go_up_and_the_shift_to_the_left_is_exact():
     assert shift_right(np.array([-3, 3]), -4).tolist() == [-48, 48]
 
 
-@given(
-    st.floats(-1e6, 1e6, allow_subnormal=False), st.floats(-1e6, 1e6, allow_subnormal=False), st.integers(4, 32)
-)
+@given(st.floats(-1e6, 1e6, allow_subnormal=False), st.floats(-1e6, 1e6, allow_subnormal=False), st.integers(4, 32))
 def test_the_chosen_format_is_the_finest_that_holds_the_range(a, b, width):
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     form = choose(low, high, width)

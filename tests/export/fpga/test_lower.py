@@ -79,10 +79,14 @@ CASES: dict[str, Callable[[], tuple[onnx.ModelProto, Arrays]]] = {
     "MatMul vector": lambda: one("MatMul", {"a": rand(4, 5), "b": rand(5, seed=1)}),
     "Einsum": lambda: one("Einsum", {"a": rand(2, 3, 5), "b": rand(2, 3, seed=1)}, equation="blk,bl->bk"),
     "Einsum turned": lambda: one("Einsum", {"a": rand(3, 4), "b": rand(5, 4, seed=1)}, equation="ij,kj->ki"),
-    "Conv": lambda: one("Conv", IMAGE, {"w": rand(6, 2, 3, 2, seed=1), "b": rand(6)}, group=2, pads=[1, 0, 2, 1], strides=[2, 1]),
+    "Conv": lambda: one(
+        "Conv", IMAGE, {"w": rand(6, 2, 3, 2, seed=1), "b": rand(6)}, group=2, pads=[1, 0, 2, 1], strides=[2, 1]
+    ),
     "Conv flat": lambda: one("Conv", {"x": rand(1, 4, 9)}, {"w": rand(3, 4, 3, seed=1)}, pads=[2, 0], dilations=[2]),
     "Conv same": lambda: one("Conv", IMAGE, {"w": rand(3, 4, 3, 3, seed=1)}, auto_pad="SAME_UPPER", strides=[2, 2]),
-    "BatchNormalization": lambda: one("BatchNormalization", IMAGE, {n: rand(4, seed=i, low=0.5) for i, n in enumerate("smbv")}),
+    "BatchNormalization": lambda: one(
+        "BatchNormalization", IMAGE, {n: rand(4, seed=i, low=0.5) for i, n in enumerate("smbv")}
+    ),
     "Add": lambda: one("Add", PAIR),
     "Sub": lambda: one("Sub", PAIR),
     "Mul": lambda: one("Mul", PAIR),
@@ -117,7 +121,9 @@ CASES: dict[str, Callable[[], tuple[onnx.ModelProto, Arrays]]] = {
     "ScatterElements": lambda: one("ScatterElements", IDS | {"u": rand(3, 2, seed=5)}, axis=1),
     "ScatterElements add": lambda: one("ScatterElements", IDS | {"u": rand(3, 2, seed=5)}, axis=1, reduction="add"),
     "ScatterND": lambda: one("ScatterND", V | {"u": rand(2, 7, seed=5)}, {"i": I64([[3], [0]])}, order="xiu"),
-    "LayerNormalization": lambda: one("LayerNormalization", X, {"s": rand(6, seed=1), "b": rand(6, seed=2)}, epsilon=1e-3),
+    "LayerNormalization": lambda: one(
+        "LayerNormalization", X, {"s": rand(6, seed=1), "b": rand(6, seed=2)}, epsilon=1e-3
+    ),
     "LayerNormalization two": lambda: one("LayerNormalization", X, {"s": rand(5, 6, seed=1)}, axis=1),
     "Softmax": lambda: one("Softmax", X),
     "Softmax middle": lambda: one("Softmax", X, axis=1),
@@ -132,9 +138,18 @@ CASES: dict[str, Callable[[], tuple[onnx.ModelProto, Arrays]]] = {
     "ArgMin": lambda: one("ArgMin", X, axis=-1, keepdims=0),
     "TopK": lambda: one("TopK", X, {"k": I64([3])}, 2),
     "CumSum": lambda: one("CumSum", X, {"a": I64(1)}, exclusive=1),
-    "Resize nearest": lambda: one("Resize", IMAGE, {"s": np.array([1, 1, 2, 1.5], np.float32)}, order="x-s", nearest_mode="floor"),
+    "Resize nearest": lambda: one(
+        "Resize", IMAGE, {"s": np.array([1, 1, 2, 1.5], np.float32)}, order="x-s", nearest_mode="floor"
+    ),
     "Resize linear": lambda: one("Resize", IMAGE, {"s": I64([1, 4, 14, 9])}, order="x--s", mode="linear"),
-    "Resize corners": lambda: one("Resize", IMAGE, {"s": I64([1, 4, 3, 11])}, order="x--s", mode="linear", coordinate_transformation_mode="align_corners"),
+    "Resize corners": lambda: one(
+        "Resize",
+        IMAGE,
+        {"s": I64([1, 4, 3, 11])},
+        order="x--s",
+        mode="linear",
+        coordinate_transformation_mode="align_corners",
+    ),
     "Cast to whole": lambda: one("Cast", X, to=TensorProto.INT64),
     "Cast from byte": lambda: one("Cast", {"x": whole(3, 4, below=256).astype(np.uint8)}, to=TensorProto.FLOAT),
     "Cast to bool": lambda: one("Cast", {"x": np.round(rand(3, 4))}, to=TensorProto.BOOL),
@@ -172,7 +187,9 @@ def test_every_rule_has_a_case_here():
 def experts(gated: bool, activation: str, biased: bool) -> tuple[onnx.ModelProto, Arrays]:
     shapes = {"u": (4, 6, 5), "d": (4, 3, 6)} | ({"g": (4, 6, 5)} if gated else {})
     biases = {"p": (4, 6), "q": (4, 3)} | ({"r": (4, 6)} if gated else {}) if biased else {}
-    constants = {name: rand(*shape, seed=i, low=-1, high=1) for i, (name, shape) in enumerate((shapes | biases).items())}
+    constants = {
+        name: rand(*shape, seed=i, low=-1, high=1) for i, (name, shape) in enumerate((shapes | biases).items())
+    }
     order = "xew" + "".join(name if name in constants else "-" for name in "udgpqr")
     inputs = {"x": rand(9, 5), "e": whole(9, 2, below=5), "w": rand(9, 2, low=0, high=1, seed=7)}
     return one("Experts", inputs, constants, order=order, activation=activation)
@@ -260,15 +277,25 @@ def test_what_depends_on_no_input_or_tests_for_nan_is_gone():
 
 
 def test_huge_constants_that_are_not_taken_cost_nothing_and_count_when_they_are():
-    """As `nan_to_num` leaves them, beside a mask that calibration never saw true."""
+    """As `nan_to_num` leaves them, beside a condition that calibration never saw true."""
     nodes = [helper.make_node("Less", ["x", "low"], ["far"]), helper.make_node("Where", ["far", "huge", "x"], ["y"])]
-    model = proto(nodes, X, {"low": np.float32(-50), "huge": np.float32(-3.4e38)}, ["y"])
+    model = proto(nodes, X, {"low": np.float32(-3), "huge": np.float32(-3.4e38)}, ["y"])
     error, program = difference(model, X)
-    assert error < 1e-5
-    assert simulate(program, X | {"x": 0 * X["x"] - 1}).overflows == {}
-    nodes[0] = helper.make_node("Less", ["x", "three"], ["far"])
-    taken = compile_protos(proto(nodes, X, {"three": np.float32(3), "huge": np.float32(-60)}, ["y"]), [X], FINE)
-    assert not simulate(taken, X).overflows
+    assert error < 1e-6
+    far = {"x": X["x"].copy()}
+    far["x"][0, 0, :2] = -3.5
+    assert simulate(program, far).overflows == {"y": 2}
+
+
+def test_a_test_for_infinity_that_held_is_refused():
+    nodes = [
+        helper.make_node("Log", ["x"], ["log"]),
+        helper.make_node("IsInf", ["log"], ["none"]),
+        helper.make_node("Not", ["none"], ["y"]),
+    ]
+    inputs = {"x": np.array([[0, 1, 2]], np.float32)}
+    with pytest.raises(ExportError, match=r"^none: IsInf held in calibration; fixed point has no NaN or infinity"):
+        compile_protos(proto(nodes, inputs, {}, ["y"]), [inputs], FINE)
 
 
 def test_a_condition_with_a_constant_false_is_false():
@@ -288,7 +315,10 @@ def test_a_condition_with_a_constant_false_is_false():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: one("Det", {"x": rand(3, 3)}), "^node: Det has no fixed-point form here; export as onnx or onnx-int8$"),
+        (
+            lambda: one("Det", {"x": rand(3, 3)}),
+            "^node: Det has no fixed-point form here; export as onnx or onnx-int8$",
+        ),
         (lambda: one("Einsum", {"a": rand(3, 3)}, equation="ii->i"), r"^node: Einsum of ii->i has no "),
         (lambda: one("Log", {"x": rand(3, 3, low=-0.5)}), r"^node: Log over \[.*\], which calibration saw, has no "),
         (lambda: one("MatMul", {"x": rand(0, 3)}, {"w": rand(3, 2)}), "^x: a dimension is dynamic; trace the model "),
@@ -302,7 +332,9 @@ def test_what_has_no_fixed_point_form_is_one_line(make, message):
 
 def test_too_wide_formats_are_one_line_with_a_remedy():
     model, inputs = CASES["MatMul"]()
-    with pytest.raises(ExportError, match=r"^node \(MatMul\): needs an accumulator of 6\d bits, .*; choose smaller widths"):
+    with pytest.raises(
+        ExportError, match=r"^node \(MatMul\): needs an accumulator of 6\d bits, .*; choose smaller widths"
+    ):
         compile_protos(model, [inputs], FixedSettings(weight_width=32, activation_width=32))
 
 
@@ -325,7 +357,9 @@ def test_calibration_has_to_fit():
             read_graphs({"": model}, given)
 
 
-@pytest.mark.parametrize(("weights", "activations", "limit"), [(8, 12, 0.03), (12, 24, 2e-3), (16, 16, 2e-3), (16, 24, 2e-4)])
+@pytest.mark.parametrize(
+    ("weights", "activations", "limit"), [(8, 12, 0.03), (12, 24, 2e-3), (16, 16, 2e-3), (16, 24, 2e-4)]
+)
 def test_narrow_widths_lose_what_they_must_and_no_more(weights, activations, limit):
     settings = FixedSettings(weights, activations)
     for case in ("Gemm", "MatMul", "Conv", "LayerNormalization", "Softmax", "Gelu", "Div"):

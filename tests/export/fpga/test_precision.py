@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -32,7 +34,7 @@ def test_every_bit_halves_the_error_until_tables_bound_it():
     rows = sweep(proto, feeds[:6], feeds[6:], (8, 12, 16, 20, 24))
     errors = [row.error for row in rows]
     assert [(row.weight_width, row.activation_width) for row in rows] == [(w, w) for w in (8, 12, 16, 20, 24)]
-    assert all(later < earlier / 4 for earlier, later in zip(errors[:3], errors[1:3], strict=False))
+    assert all(later < earlier / 4 for earlier, later in itertools.pairwise(errors[:3]))
     assert errors[0] > 3e-3
     assert errors[-1] < 2e-5
     assert (rows[-1].decisions, rows[-1].routing, rows[-1].overflows) == (1.0, 1.0, 0)
@@ -70,10 +72,14 @@ ROWS = [Precision(8, 8, 0.0123, 0.975, None, 4), Precision(16, 24, 1.5e-5, 1.0, 
 
 def test_the_table():
     lines = as_table(ROWS).splitlines()
-    assert lines[2] == "| 8 | 8 | 1.23e-02 | 97.50% | – | 4 |"
+    assert lines[2] == "| 8 | 8 | 1.23e-02 | 97.50% | - | 4 |"
     assert lines[3] == "| 16 | 24 | 1.50e-05 | 100.00% | 50.00% | 0 |"
     assert ROWS[0].scalars() == {
-        "weight_width": 8.0, "activation_width": 8.0, "error": 0.0123, "decisions": 0.975, "overflows": 4.0
+        "weight_width": 8.0,
+        "activation_width": 8.0,
+        "error": 0.0123,
+        "decisions": 0.975,
+        "overflows": 4.0,
     }
 
 
