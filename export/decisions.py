@@ -66,11 +66,11 @@ def ranking(expected: np.ndarray, found: np.ndarray) -> Agreement:
 
 
 def nearness(share: float = 1e-3) -> Decide:
-    """Continuous decisions (actions, quantiles): the same if they differ by less than a share of their range."""
+    """Continuous decisions (actions, quantiles): the same if they differ by less than a share of the largest."""
 
     def decide(expected: np.ndarray, found: np.ndarray) -> Agreement:
-        reach = np.ptp(expected) if expected.size else 0.0
-        same = np.abs(expected - found) <= share * max(float(reach), 1e-12)
+        reach = float(np.nanmax(np.abs(expected), initial=1e-12))
+        same = (np.abs(expected - found) <= share * reach) | (np.isnan(expected) & np.isnan(found))
         return Agreement(same.size, int(same.sum()))
 
     return decide

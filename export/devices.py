@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from export.compare import Comparison, compare
+from export.errors import ExportError
 from export.exportable import Exportable, Outputs, Sample
 from export.notes import note
 from export.settings import FpgaSettings
@@ -108,9 +109,11 @@ def _fpga(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[st
         found: dict[str, float] = {}
         for task, (name, module) in enumerate(modules.items()):
             comparison, overflows = _simulated(dataclasses.replace(exportable, module=module), program, task, settings)
+            _refuse_changed(comparison, settings)
             prefix = f"{name}/" if name else ""
             found |= {f"{prefix}{key}": value for key, value in comparison.scalars().items()}
             found[f"{prefix}overflows"] = float(sum(overflows.values()))
+            found |= {f"{prefix}overflows/{tensor}": float(count) for tensor, count in overflows.items() if count}
         found |= _priced(folder, settings)
         _widths(exportable, graphs, calibration, folder, settings)
     return figures | found
@@ -133,6 +136,17 @@ def _simulated(
 
     runs = single_runs(exportable, exportable.samples, settings.compared)
     return compare(dataclasses.replace(exportable, samples=runs), run), overflows
+
+
+def _refuse_changed(comparison: Comparison, settings: FpgaSettings) -> None:
+    if comparison.score is None:
+        return
+    name, before, after, change = comparison.score
+    if not change <= settings.max_score_change:
+        raise ExportError(
+            f"{name} goes from {before:.4g} to {after:.4g} in fixed point, further than fpga.max_score_change="
+            f"{settings.max_score_change:g}; give more bits (fpga.weight_width, fpga.activation_width); nothing was kept"
+        )
 
 
 def _priced(folder: Path, settings: FpgaSettings) -> dict[str, float]:

@@ -73,6 +73,9 @@ class FpgaSettings(FixedSettings):
     """Training inputs that formats are chosen from."""
     compared: int = 100
     """Test inputs that the simulator is compared with PyTorch on."""
+    max_score_change: float = 0.01
+    """Largest change of the task's figure that a bundle may show: absolute for shares, relative for errors with
+    units."""
     sweep: int = 0
     """Test inputs on which all widths from 8 to 24 bits are compared with float (table and picture); 0: none."""
 

@@ -6,6 +6,8 @@ An ONNX file has the features in front: raw ids and numbers in. A device gets wh
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apps.errors import UserError
-from apps.recsys.batch import Batch, InputSpec
+from apps.recsys.batch import Batch, InputSpec, TaskSpec
 from apps.recsys.data import RecsysData
 from apps.recsys.deploy_inputs import OUTPUT, describe, features_graph, prepend
 from apps.recsys.deploy_numbers import NumberEncoding, take_numbers
 from apps.recsys.deploy_rows import Compared, compared_rows, first_rows
 from apps.recsys.deploy_sparse import run_chosen_only
 from apps.recsys.loading import Trained
-from apps.recsys.losses import log_probabilities
 from apps.recsys.metrics import auc
+from apps.recsys.models.base import Fields
 from apps.recsys.models.build import Ranker
 from export.decisions import ranking
-from export.exportable import Exportable, Outputs, Sample, Score
+from export.exportable import Exportable, Outputs, Sample, Score, samples_of
 from export.onnx import varying
 from export.trace import trace
 from moecore import __version__
+from moecore.factorized import dense
 
 if TYPE_CHECKING:
     import onnx
@@ -55,18 +58,56 @@ class Encoded(nn.Module):
         kinds = [name for name, some in (("sparse", self.spec.sparse), ("numbers", self.spec.dense)) if some]
         return (*kinds, *(f"sequence.{one.name}" for one in self.spec.sequences))
 
-    def forward(self, *inputs: Tensor) -> Float[Tensor, "B T"]:
-        """[B, S], [B, K], and [B, L] of each sequence -> [B, T], all conditions included."""
+    def batch(self, *inputs: Tensor) -> Batch:
+        """[B, S], [B, K], and [B, L] of each sequence."""
         named = dict(zip(self.names(), inputs, strict=True))
         rows = inputs[0].shape[0]
         sparse = named["sparse"] if "sparse" in named else torch.zeros(rows, 0, dtype=torch.int64)
         numbers = named["numbers"] if "numbers" in named else torch.zeros(rows, 0)
-        sequences = {one.name: named[f"sequence.{one.name}"] for one in self.spec.sequences}
-        return log_probabilities(self.model(Batch(sparse, numbers, sequences)).logits, self.spec.tasks).exp()
+        return Batch(sparse, numbers, {one.name: named[f"sequence.{one.name}"] for one in self.spec.sequences})
+
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "B T"]:
+        """As `batch` takes them -> [B, T], all conditions included."""
+        return probabilities(self.model(self.batch(*inputs)).logits, self.spec.tasks)
+
+
+class Embedding(Encoded):
+    """Rows of tables and encoded numbers -> all features side by side: what hosts do where devices take vectors."""
+
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "B D"]:
+        """As `batch` takes them -> [B, D]."""
+        return dense(self.model.encoder(self.batch(*inputs)).features)
+
+
+class Embedded(nn.Module):
+    """All features side by side -> probabilities."""
+
+    def __init__(self, model: Ranker, spec: InputSpec) -> None:
+        super().__init__()
+        self.network, self.spec = model.network, spec
+
+    def forward(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B T"]:
+        """[B, D] -> [B, T], all conditions included."""
+        return probabilities(self.network(Fields(features)).logits, self.spec.tasks)
+
+
+def probabilities(logits: Float[Tensor, "B T"], tasks: Sequence[TaskSpec]) -> Float[Tensor, "B T"]:
+    """Of a positive in every task: p(buy) = p(click) p(buy | click). One operator where no task has a condition."""
+    p = logits.sigmoid()
+    given = {task.name: task.given for task in tasks}
+    if not any(given.values()):
+        return p
+    own, found = dict(zip(given, p.unbind(1), strict=True)), []
+    for name in given:
+        product, condition = own[name], given[name]
+        while condition is not None:
+            product, condition = product * own[condition], given[condition]
+        found.append(product)
+    return torch.stack(found, 1)
 
 
 def exportable(trained: Trained, data: RecsysData, calibration: int = 256) -> Exportable:
-    """The model, compared on test rows, each also with ids never seen, with missing and with infinite values.
+    """The model, compared on test rows, some also with ids never seen, with missing and with infinite values.
 
     Inputs of an ONNX file are one per feature, by its name: ids as int64 or text (as the vocabulary has them), numbers
     as float, all `[batch]`; sequences `[batch, length]`, oldest value first. Missing ids, and padding of sequences on
@@ -103,6 +144,58 @@ def exportable(trained: Trained, data: RecsysData, calibration: int = 256) -> Ex
         score=_score([one.batch.labels for one in compared if one.batch.labels is not None]),
         finish=lambda network: prepend(features, network),
     )
+
+
+def for_device(one: Exportable, trained: Trained, vectors: bool) -> Exportable:
+    """The same for a device, whose host encodes the features: see `host_features`.
+
+    Args:
+        one: as `exportable` gives it.
+        trained: the model.
+        vectors: whether the device takes all features side by side, embedded by the host, and no rows of tables.
+
+    Raises:
+        UserError: vectors, of a model that looks at the values of sequences one by one.
+    """
+    about = {"task": "ranking", "model": trained.title, "tasks": [task.name for task in trained.spec.tasks]}
+    one = dataclasses.replace(one, metadata={**about, "moecore_version": __version__}, finish=None)
+    if not vectors:
+        return one
+    if one.module.model.encoder.hands_on:
+        raise UserError(
+            f"export: {trained.title} looks at sequences value by value, not at one vector of features; use format=fpga"
+        )
+    samples, calibration = (_embedded(one, some, trained.spec) for some in (one.samples, one.calibration))
+    return dataclasses.replace(
+        one,
+        module=Embedded(one.module.model, trained.spec).eval(),
+        inputs=("features",),
+        example=tuple(tensor[[0, -1]] for tensor in samples[0].tensors),
+        samples=samples,
+        calibration=calibration,
+        dynamic_shapes=None,
+    )
+
+
+@torch.no_grad()
+def _embedded(one: Exportable, samples: Sequence[Sample], spec: InputSpec) -> list[Sample]:
+    embed = Embedding(one.module.model, spec).eval()
+    return samples_of(("features",), *((embed(*sample.tensors),) for sample in samples))
+
+
+def host_features(one: Exportable, trained: Trained, vectors: bool) -> onnx.ModelProto:
+    """What the host of a device computes: from an input per feature to `encoded/<name>`, or to `features`.
+
+    Args:
+        one: as `exportable` gives it.
+        trained: the model.
+        vectors: whether the device takes all features side by side.
+    """
+    features = raw_features(trained)
+    if not vectors:
+        return features
+    embed = Embedding(one.module.model, trained.spec).eval()
+    return prepend(features, trace(embed, one.example, one.inputs, ("features",), one.dynamic_shapes))
 
 
 def raw_features(trained: Trained) -> onnx.ModelProto:
@@ -153,13 +246,17 @@ def _check_scores(module: Encoded, sample: Sample) -> None:
 def _score(labels: Sequence[Tensor]) -> Score | None:
     """Mean AUC over the tasks in which it is defined, of the rows that have labels, which come first."""
     truth = torch.cat(list(labels)).numpy()  # [N, T]
-    inside = ~np.isnan(truth)
-    tasks = [t for t, column in enumerate(truth.T) if len(np.unique(column[inside[:, t]])) > 1]
-    if not tasks:
-        return None
 
     def mean_auc(outputs: Outputs) -> float:
-        scores = outputs[0][: len(truth)]
-        return float(np.mean([auc(scores[inside[:, t], t], truth[inside[:, t], t]) for t in tasks]))
+        values = [
+            auc(scores[: len(own)][~np.isnan(own)], own[~np.isnan(own)])
+            for scores, own in zip(outputs[0].T, truth[: len(outputs[0])].T, strict=True)
+            if _two_classes(own)
+        ]
+        return float(np.mean(values)) if values else math.nan
 
-    return Score("mean_auc", mean_auc)
+    return Score("mean_auc", mean_auc) if any(map(_two_classes, truth.T)) else None
+
+
+def _two_classes(labels: np.ndarray) -> bool:
+    return bool((labels == 0).any() and (labels == 1).any())

@@ -75,7 +75,9 @@ def prepend(features: onnx.ModelProto, network: onnx.ModelProto) -> onnx.ModelPr
     graph, front = made.graph, features.graph
     renamed = {one.name: f"{NETWORK}{one.name}" for one in front.input}
     renamed |= {one.name: f"{ENCODED}{one.name}" for one in graph.input}
-    compose.add_prefix_graph(graph, "", True, False, False, False, False, False, inplace=True, name_map=renamed)
+    kinds = ("edges", "inputs", "outputs", "initializers", "value_infos")
+    flags = {f"rename_{kind}": False for kind in kinds}  # nothing is prefixed, names change as the map says
+    compose.add_prefix_graph(graph, "", **flags, inplace=True, name_map=renamed)
     nodes = [*front.node, *(onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node)]
     for field, messages in (("node", nodes), ("input", front.input)):
         graph.ClearField(field)

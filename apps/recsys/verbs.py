@@ -107,23 +107,24 @@ def report(config: RecsysConfig, args: Report, source: str | None) -> None:
 
 
 def export(config: RecsysConfig, args: Export, source: str | None) -> None:
-    """Write the model in a deployable form; for devices also the features in front of it, as ONNX."""
+    """Write the model in a deployable form; for devices also what their host computes, as ONNX."""
     from apps import exporting
-    from apps.recsys.deploy import exportable, metadata_of, raw_features
+    from apps.recsys.deploy import exportable, for_device, host_features, metadata_of
     from apps.recsys.deploy_rows import time_candidates
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
-    path = exporting.target(args, trained.path)
+    path, vectors = exporting.target(args, trained.path), args.format in ("qonnx", "hls4ml")
     one = exportable(trained, _data(config, trained), args.calibration)
-    figures = exporting.write(one, args, path)
     if args.format in exporting.ONNX:
+        figures = exporting.write(one, args, path)
         figures |= time_candidates(one, path)
     else:
         from export.onnx import save
 
-        features = path.with_name(f"{path.name.removesuffix(path.suffix)}.features.onnx")
-        print(f"features: {save(raw_features(trained), features, metadata_of(trained))}")
+        figures = exporting.write(for_device(one, trained, vectors), args, path)
+        host = path.with_name(f"{path.name.removesuffix(path.suffix)}.host.onnx")
+        print(f"host: {save(host_features(one, trained, vectors), host, metadata_of(trained))}")
     exporting.show(args, path, figures)
 
 

@@ -73,7 +73,11 @@ class Report(verbs.Report):
 
 @dataclass
 class Export(verbs.Export):
-    """Write the deterministic policy as ONNX, compared with PyTorch along a whole episode."""
+    """Write the deterministic policy in a deployable form, compared with PyTorch along whole episodes."""
+
+    calibration: int = 256
+    """Observations from which ranges of activations are taken, for all formats but onnx; with method=t2mir
+    histories."""
 
 
 @dataclass

@@ -155,15 +155,17 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
 
 @_by_method
 def export(config: RLConfig, args: Export, source: str | None) -> None:
-    """Write the deterministic policy as ONNX, compared along an episode."""
-    from apps.rl.deploy import export_onnx
+    """Write the deterministic policy in a deployable form; an ONNX file also acts, in episodes of its own."""
+    from apps import exporting
+    from apps.rl.deploy import exportable, returns
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "policy.onnx"
-    figures = export_onnx(trained, target)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+    path = exporting.target(args, trained.path, "policy")
+    figures = exporting.write(exportable(trained, args.calibration), args, path)
+    if args.format in exporting.ONNX:
+        figures |= returns(trained, path)
+    exporting.show(args, path, figures)
 
 
 @_by_method

@@ -93,7 +93,7 @@ def write_hls4ml(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
         made = Path(place) / folder.name
         version = write_project(plan, formats, settings, made / PROJECT)
-        about = {"format": "moecore-hls4ml", "hls4ml": version, **_describe(plan, formats), **(metadata or {})}
+        about = {**(metadata or {}), "format": "moecore-hls4ml", "hls4ml": version, **_describe(plan, formats)}
         _write_json(made / MANIFEST, about)
         figures, units = _compare(plan, made, golden)
         (made / "README.md").write_text(_readme(str(about.get("title", "Model")), version, figures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -96,6 +97,24 @@ def test_what_has_no_form_is_refused_and_the_old_bundle_stays(tmp_path):
         deliver(exportable(Strange()), "fpga", path, FpgaSettings())
     assert [one.name for one in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_too_few_bits_are_refused_by_the_tasks_figure(tmp_path):
+    settings = FpgaSettings(weight_width=4, activation_width=6, compared=20, max_score_change=1e-3)
+    with pytest.raises(
+        ExportError, match=r"^mean goes from .* in fixed point, further than fpga\.max_score_change=0\.001"
+    ):
+        deliver(exportable(Classifier()), "fpga", tmp_path / "m.fpga", settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    ready = exportable(Classifier())
+    loud = samples_of(("tokens",), *((100 * sample.tensors[0],) for sample in ready.samples))
+    ready = dataclasses.replace(ready, samples=loud, score=None)
+    figures = deliver(ready, "fpga", tmp_path / "m.fpga", FpgaSettings(compared=4, margin=0))
+    assert figures["overflows"] == sum(value for name, value in figures.items() if name.startswith("overflows/")) > 0
+    assert figures["overflows/tokens"] > 0
 
 
 def test_qonnx_is_measured_and_noted(tmp_path):

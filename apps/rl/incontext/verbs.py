@@ -91,15 +91,17 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
 
 
 def export(config: RLConfig, args: Export, source: str | None) -> None:
-    """Write the transformer as ONNX, compared along episodes."""
-    from apps.rl.incontext.deploy import export_onnx
+    """Write the transformer in a deployable form; an ONNX file also acts, in episodes of its own."""
+    from apps import exporting
+    from apps.rl.incontext.deploy import exportable, returns
 
     training.prepare_process(config.run)
     trained = load_in_context(Path(args.ckpt_path), config)
-    target = Path(args.output) if args.output else run_folder(trained.path) / "policy.onnx"
-    figures = export_onnx(trained, target)
-    output.write_json(args.json, figures)
-    output.show(f"exported: {target}", figures)
+    path, runtime = exporting.target(args, trained.path, "policy"), args.format in exporting.ONNX
+    figures = exporting.write(exportable(trained, args.calibration, fixed=not runtime), args, path)
+    if runtime:
+        figures |= returns(trained, path)
+    exporting.show(args, path, figures)
 
 
 def benchmark(config: RLConfig, args: Benchmark, source: str | None) -> None:

@@ -123,16 +123,20 @@ def test_files_give_what_frames_give(log, schema, tmp_path):
 @pytest.mark.usefixtures("untyped")
 def test_exported_files_take_the_canonical_text(log, schema, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from apps.recsys.deploy import export_onnx
+    from apps.recsys.deploy import exportable
     from apps.recsys.loading import Trained
     from apps.recsys.models.build import build_model
+    from export.deliver import traced
+    from export.lowering import lower
+    from export.onnx import save
 
     config = RecsysConfig()
     data = RecsysData(config.data, 0, source=from_frame(log, config.data, schema))
     trained = Trained(build_model(config.model, data.spec).eval(), config, data.transform, tmp_path)
     for weight in trained.model.encoder.tables.weights.values():
         torch.nn.init.normal_(weight, std=10)
-    export_onnx(trained, data, tmp_path / "m.onnx")
+    one = exportable(trained, data)
+    save(one.finish(lower(traced(one), "sparse")), tmp_path / "m.onnx")
     forms = {one["name"]: one.get("format") for one in describe(data.transform)}
     assert forms == {
         "user": None,

@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 
 from apps.errors import UserError
-from apps.rl.deploy import onnx_policy
+from apps.rl.deploy import exportable, onnx_policy
 from apps.rl.env_settings import EnvConfig
 from apps.rl.envs.pendulum import PixelPendulum
 from apps.rl.evaluation import iqm
 from apps.rl.loading import load_trained
 from apps.rl.rollout import evaluation_seeds, random_policy, run_episodes
+from tests.apps.serving import serve
 
 BEST = "checkpoints/best.ckpt"
 
@@ -140,11 +141,40 @@ def test_exported_policy_earns_the_same_in_onnxruntime_alone(rl, agent_run, tmp_
     assert (done.code, done.err) == (0, "")
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["max_relative_error"] < 1e-5
+    assert figures["rows"] == 1000  # 50 episodes of 20 steps
+    assert figures["decision_agreement"] == figures["routing_agreement"] == 1
+    assert figures["export_ms_p50"] < figures["torch_ms_p50"]
+    assert figures["return_onnx"] == pytest.approx(figures["return_torch"], rel=1e-3)
     trained = load_trained(agent_run / BEST)
     seeds = evaluation_seeds(4)
     ours = run_episodes(trained.config.env, trained.spec, trained.agent.policy, seeds)
     theirs = run_episodes(trained.config.env, trained.spec, onnx_policy(file), seeds)
     np.testing.assert_allclose(ours.returns, theirs.returns, rtol=1e-3)
+    assert_served(file, trained, tmp_path)
+
+
+def assert_served(file, trained, folder) -> None:
+    """The example gives PyTorch's actions with nothing installed but onnxruntime and NumPy."""
+    rollout = trained.episodes(1, observations=True)
+    seen = np.stack(rollout.traces[0].observations[:5])
+    np.save(folder / "seen.npy", seen)
+    served = np.array([json.loads(line) for line in serve("rl", file, folder / "seen.npy").splitlines()])
+    np.testing.assert_allclose(served, trained.agent.policy(seen), atol=1e-4)
+    drawn = serve("rl", file).splitlines()
+    assert np.abs(json.loads(drawn[0])).max() <= 1
+
+
+def test_policies_of_choices_agree_in_their_choice(rl, small, tmp_path, untyped):
+    flags = {"env__id": "CartPole-v1", "env__obs": "state", "env__discrete": "true", "env__action_repeat": 1}
+    assert rl("train", *small(tmp_path, run__name="cart", collect__steps=60, collect__eval_every=60, **flags)).code == 0
+    one = exportable(load_trained(tmp_path / "rl" / "cart" / "checkpoints" / "last.ckpt"), calibration=7)
+    assert one.metadata["output"] == "[batch, 2], the largest of 2 is the choice, for 1 steps each"
+    actions = np.array([[0.1, 0.2], [0.4, 0.3]], np.float32)
+    assert one.decide(actions, actions * [[1, 1], [0.5, 1]]).same == 1
+    assert one.samples[0].tensors[0].shape[1:] == one.single().tensors[0].shape[1:] == (12,)
+    assert 1 < sum(len(sample.tensors[0]) for sample in one.calibration) <= 7
+    seen = {row.tobytes() for sample in one.samples for row in sample.tensors[0].numpy()}
+    assert not any(row.tobytes() in seen for sample in one.calibration for row in sample.tensors[0].numpy())
 
 
 def test_several_seeds_are_summed_up(rl, small, tmp_path):

@@ -204,7 +204,7 @@ def test_the_exported_file_says_what_it_is(exported):
 
 def test_the_comparison_is_reported(exported):
     figures = json.loads((exported / "x.json").read_text())
-    assert figures["inputs"] == 359
+    assert figures["rows"] == 359
     assert figures["decision_agreement"] == 1
     assert 0 <= figures["max_relative_error"] < 1e-5
     assert figures["file_bytes"] == (exported / "model.onnx").stat().st_size
@@ -215,7 +215,6 @@ def test_an_export_that_differs_is_refused_and_keeps_the_file_of_before(
 ):
     target = tmp_path / "model.onnx"
     target.write_text("the good one of before")
-    monkeypatch.setattr("apps.vision.deploy.TOLERANCE", -1.0)
     monkeypatch.setattr("export.verify.TOLERANCE", -1.0)
     line = cli("export", "--ckpt_path", tiny_run, "--output", target).line
     assert line.startswith("export: outputs differ from PyTorch by ")
@@ -223,10 +222,54 @@ def test_an_export_that_differs_is_refused_and_keeps_the_file_of_before(
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_eight_bits_keep_the_figure_and_the_routing(cli, tiny_run, tmp_path, unchecked_module):
+    target, figures = tmp_path / "model.onnx", tmp_path / "x.json"
+    small, data = tmp_path / "small.onnx", tmp_path / "small.json"
+    cli("export", "--ckpt_path", tiny_run, "--output", target, "--json", figures)
+    cli("export", "--ckpt_path", tiny_run, "--format", "onnx-int8", "--output", small, "--json", data)
+    whole, eight = json.loads(figures.read_text()), json.loads(data.read_text())
+    assert abs(eight["accuracy_export"] - eight["accuracy_torch"]) <= 0.01
+    assert eight["routing_agreement"] >= 0.97
+    assert 1e-4 < eight["max_relative_error"] < 0.3
+    assert eight["file_bytes"] < whole["file_bytes"]
+    assert set(json.loads((tmp_path / "export.json").read_text())) == {"model.onnx", "small.onnx"}
+
+
+def test_a_bundle_for_fpgas_gives_the_same_classes(cli, tiny_run, tmp_path, unchecked_module):
+    bundle, data = tmp_path / "bundle", tmp_path / "x.json"
+    cli(
+        "export",
+        "--ckpt_path",
+        tiny_run,
+        "--format",
+        "fpga",
+        "--output",
+        bundle,
+        "--json",
+        data,
+        "--fpga.compared",
+        200,
+    )
+    figures = json.loads(data.read_text())
+    assert figures["rows"] == 200
+    assert figures["overflows"] == 0
+    assert abs(figures["accuracy_export"] - figures["accuracy_torch"]) <= 0.003
+    assert " 0 mismatches" in (bundle / "testbench.log").read_text()
+    assert not re.search(r"/\w+/\w+", (bundle / "testbench.log").read_text())  # no paths of this machine
+
+
+@pytest.mark.parametrize("form", ["task", "edge-moe"])
+def test_forms_of_several_tasks_are_refused_for_classifiers(cli, tiny_run, form):
+    line = cli("export", "--ckpt_path", tiny_run, "--format", form, *(("--task", "depth") * (form == "task"))).line
+    assert "give a run of model.name=m3vit" in line
+
+
 def test_models_that_route_by_the_batch_are_not_exported(cli, train, tmp_path):
     run = train(tmp_path, model__moe__select="expert_choice", model__moe__select_options="{eval_sees_batch: true}")
     line = cli("export", "--ckpt_path", run).line
-    assert line.startswith("export: backbone.blocks.0.mlp: routes by the whole batch")
+    assert line.startswith(
+        "export: backbone.blocks.0.mlp.router.select: eval_sees_batch=True: routes by the whole batch"
+    )
     assert not (run / "model.onnx").exists()
 
 

@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.rl.incontext.deploy import onnx_in_context
+from apps.errors import UserError
+from apps.rl.incontext.deploy import INPUTS, exportable, onnx_in_context
 from apps.rl.incontext.episodes import by_chance, in_context, live
 from apps.rl.incontext.evaluation import load_in_context
+from export.exportable import samples_of
 from tests.apps.processes import start
+from tests.apps.serving import serve
 from tests.apps.timeseries.conftest import differences
 
 BEST = "checkpoints/best.ckpt"
@@ -77,12 +80,38 @@ def test_the_exported_file_acts_alone_and_earns_the_same(rl, context_run, tmp_pa
     assert (done.code, done.err) == (0, "")
     figures = json.loads((tmp_path / "x.json").read_text())
     assert figures["return_onnx"] == pytest.approx(figures["return_torch"], abs=1e-4)
+    assert figures["rows"] == 2 * 3 * 5  # tasks held out, episodes, steps
+    assert figures["max_relative_error"] < 1e-5
+    assert figures["routing_agreement"] == 1
     trained = load_in_context(context_run / BEST)
     tasks = [1, 4]
     ours = live(trained.config.env, tasks, in_context(trained.agent), 3)
     theirs = live(trained.config.env, tasks, onnx_in_context(file, trained.agent.context), 3)
     for a, b in zip(ours, theirs, strict=True):
         assert a.returns == pytest.approx(b.returns, abs=1e-4)
+    one = exportable(trained, calibration=6)
+    (history,) = samples_of(INPUTS, tuple(t[:1] for t in one.samples[7].tensors))
+    np.savez(tmp_path / "history.npz", **history.feed)
+    served = json.loads(serve("rl", file, tmp_path / "history.npz"))
+    np.testing.assert_allclose(served, one.module(*history.tensors)[0].detach().numpy(), atol=1e-4)
+    assert len(json.loads(serve("rl", file))) == trained.agent.action_dim
+
+
+def test_devices_get_padded_histories_and_give_the_same_actions(context_run):
+    trained = load_in_context(context_run / BEST)
+    fixed, free = (exportable(trained, calibration=10, fixed=one) for one in (True, False))
+    shapes = {tuple(tensor.shape[1:]) for one in (*fixed.samples, *fixed.calibration) for tensor in one.tensors}
+    assert shapes == {(12, trained.agent.state_dim), (12, trained.agent.action_dim), (12,)}
+    assert [len(tensor) for tensor in fixed.single().tensors] == [1, 1, 1]
+    assert 10 <= sum(len(sample.tensors[0]) for sample in fixed.calibration) < 10 + 3
+    with torch.no_grad():
+        for padded, own in zip(fixed.samples, free.samples, strict=True):
+            last = own.tensors[0].shape[1] - 1
+            ours = fixed.module(*padded.tensors)[:, last]
+            torch.testing.assert_close(ours, free.module(*own.tensors), atol=1e-6, rtol=1e-5)
+    trained.agent.config.task_unit = "sequence"
+    with pytest.raises(UserError, match=r"^export: t2mir\.task_unit=sequence routes whole windows"):
+        exportable(trained, fixed=True)
 
 
 def test_search_and_benchmark(rl, tiny, tmp_path):
