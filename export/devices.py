@@ -145,7 +145,7 @@ def _refuse_changed(comparison: Comparison, settings: FpgaSettings) -> None:
     if not change <= settings.max_score_change:
         raise ExportError(
             f"{name} goes from {before:.4g} to {after:.4g} in fixed point, further than fpga.max_score_change="
-            f"{settings.max_score_change:g}; give more bits (fpga.weight_width, fpga.activation_width); nothing was kept"
+            f"{settings.max_score_change:g}; give more bits (fpga.weight_width, activation_width); nothing was kept"
         )
 
 

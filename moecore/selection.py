@@ -39,7 +39,7 @@ class Selection(nn.Module):
 
 def top_indices(scores: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T k"]:
     """Indices of the k largest scores of each row, largest first; of equals the first wins, as long as k is 1 or 2."""
-    if k > 2:
+    if k > 2 or torch.compiler.is_exporting():  # runtimes' top-k is one operator, and there the first of equals wins
         return scores.topk(k, -1).indices
     # One or two maxima are cheaper than topk on a CPU (and max than argmax), and break ties the same way everywhere.
     first = scores.max(-1, keepdim=True).indices
