@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -50,8 +51,16 @@ def deliver(exportable: Exportable, form: str, path: Path, settings: OnnxSetting
         found = verify(exportable, made, opaque, form, expected)
         refuse_inexact(found.comparison) if exact else refuse_changed(found, settings)
         place(made, path)
+    if form != "onnx":
+        found.measured["quantised_share"] = 1 - float_weights(graph) / max(float_weights(opaque), 1)
     note(path, found.plain() | {"experts": experts})
     return found
+
+
+def float_weights(proto: onnx.ModelProto) -> int:
+    """Number of weights in matrices and tables that are held in float32."""
+    kept = [one for one in proto.graph.initializer if one.data_type == one.FLOAT and len(one.dims) > 1]
+    return sum(math.prod(one.dims) for one in kept)
 
 
 def _origin() -> dict[str, str]:
