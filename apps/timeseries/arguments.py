@@ -52,8 +52,11 @@ class Evaluate:
 
 @dataclass
 class Export(verbs.Export):
-    """Write a trained model in a deployable form, compared with PyTorch; of Time-MoE the ONNX forms are two files, the
-    whole pass and the cached decoding step, all others the step; of Moirai-MoE the parameters of its distributions."""
+    """Write a trained model in a deployable form, compared with PyTorch.
+
+    Of Time-MoE the ONNX forms are two files, the whole pass and the cached decoding step; for devices it is the step.
+    Of Moirai-MoE it is the parameters of the distribution of each point.
+    """
 
 
 @dataclass

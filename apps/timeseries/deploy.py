@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from apps.errors import UserError
 from apps.timeseries.data import SeriesData
-from apps.timeseries.deploy_step import step_exportable
+from apps.timeseries.deploy_fixed import fixed_exportable
+from apps.timeseries.deploy_step import squared_error, step_exportable
 from apps.timeseries.forecasting import Intervals
 from apps.timeseries.loading import Trained
 from apps.timeseries.models.base import ForecastModel, Windows, observed
@@ -56,31 +57,39 @@ def exportables(trained: Trained, data: SeriesData, calibration: int, device: bo
         device: for a form with fixed shapes and without NaN: of Time-MoE the decoding step alone.
 
     Raises:
-        UserError: if no series is long enough to test on, or all test windows begin after a gap.
+        UserError: if no series is long enough to test on, all test windows begin after a gap, or the model has no form
+            for devices.
     """
+    if device and isinstance(trained.model, MoiraiMoE):
+        raise UserError("export: Moirai-MoE takes NaN for points to come, which devices do not; use format=onnx")
     model = copy.deepcopy(trained.model).cpu().float().eval()
     trained = dataclasses.replace(trained, model=model)
     horizon = model.config.horizons[-1] if isinstance(model, TimeMoE) else trained.spec.horizon
     test = _test_windows(trained, data, horizon)
     training = _training_windows(trained, data, horizon, calibration)
     metadata = _metadata(trained, horizon)
+    if device:
+        test, training = _without_gaps(test), _without_gaps(training)
+    if not test:
+        raise UserError("export: no test window without gaps, which devices have no number for; use format=onnx")
     if isinstance(model, MoiraiMoE):
         return {"": _distributions(trained, test, training, metadata)}
     if not isinstance(model, TimeMoE):
         return {"": _points(Points(model, horizon, trained.spec.season).eval(), test, training, metadata)}
-    step = step_exportable(model, test, training, metadata)
-    return {"": step} if device else {"": _points(model.step_module(), test, training, metadata), "step": step}
+    if device:
+        return {"": fixed_exportable(model, test, training, metadata)}
+    whole = _points(model.step_module(), test, training, metadata)
+    return {"": whole, "step": step_exportable(model, test, training, metadata)}
 
 
 def _points(
     module: nn.Module, test: Sequence[Windows], training: Sequence[Windows], metadata: dict[str, Any]
 ) -> Exportable:
     """Contexts -> the next points."""
-    truth = np.concatenate([windows.future.numpy() for windows in test])  # [W, H]
+    truth = torch.cat([windows.future for windows in test])  # [W, H]
 
     def mse(outputs: Outputs) -> float:
-        errors = np.square(outputs[0].astype(np.float64) - truth)
-        return float(errors[np.isfinite(truth)].mean())
+        return squared_error(torch.from_numpy(outputs[0]), truth[: len(outputs[0])])
 
     samples = samples_of(("context",), *((windows.past,) for windows in test))
     return Exportable(
@@ -107,8 +116,8 @@ def _distributions(
     def likelihood(outputs: Outputs) -> float:
         """Mean negative log-likelihood of the points that came, each given the patches before its own."""
         bounded, mean, std = (torch.from_numpy(output) for output in outputs)
-        scaled = ((truth - mean) / std).clamp(-MAX_VALUE, MAX_VALUE)
-        return -float(log_likelihood(scaled[observed(truth)], bounded[observed(truth)]).mean())
+        came = ((truth[: len(mean)] - mean) / std).clamp(-MAX_VALUE, MAX_VALUE)
+        return -float(log_likelihood(came[observed(came)], bounded[observed(came)]).mean())
 
     def samples(windows: Sequence[Windows]) -> list[Sample]:
         return samples_of(module.inputs, *map(module.given, windows))
@@ -189,7 +198,15 @@ def _training_windows(trained: Trained, data: SeriesData, horizon: int, count: i
 
 
 def _batches(windows: WindowSet) -> list[Windows]:
-    return [batch for _, batch in windows.batches(BATCH)]
+    """In random order: who takes the first few takes some of all series."""
+    order = np.random.default_rng(0).permutation(len(windows))
+    return [windows.batch(order[start : start + BATCH]) for start in range(0, len(order), BATCH)]
+
+
+def _without_gaps(windows: Sequence[Windows]) -> list[Windows]:
+    """Those whose context is observed throughout."""
+    whole = (one[observed(one.past).all(1)] for one in windows)
+    return [one for one in whole if len(one)]
 
 
 def _ending_with_a_value(store: SeriesStore, index: Int[np.ndarray, "W 2"]) -> Int[np.ndarray, "V 2"]:

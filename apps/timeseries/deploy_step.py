@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apps.errors import UserError
-from apps.timeseries.models.base import Windows, instance_scale, observed
+from apps.timeseries.models.base import Scale, Windows, instance_scale, masked_mean, observed
 from apps.timeseries.models.timemoe import TimeMoE
 from apps.timeseries.models.timemoe_export import CachedStep
-from export.decisions import nearness
-from export.deliver import NOTES, note
+from export.decisions import Agreement, nearness
 from export.exportable import Exportable, Outputs, Sample, Score, samples_of
 from export.measure import session_of, timed
+from export.notes import NOTES, note
 from export.verify import TOLERANCE
 
 CACHES = 64 * 2**20
@@ -51,13 +51,11 @@ def step_exportable(
     if not len(contexts):
         raise UserError("export: no test window without gaps to compare the decoding step on")
     samples = _samples(model, step, contexts)
-    rows = sum(len(sample.tensors[0]) for sample in samples)
     largest = _slice(sizes, sizes[-1])
 
     def mse(outputs: Outputs) -> float:
-        said = _scaled(model, contexts[:rows])[1](torch.from_numpy(outputs[0][:, largest])).numpy()
-        errors = np.square(said.astype(np.float64) - truth[:rows].numpy())
-        return float(errors[np.isfinite(truth[:rows].numpy())].mean())
+        said = torch.from_numpy(outputs[0][:, largest])
+        return squared_error(scale_of(model, contexts[: len(said)]).restore(said), truth[: len(said)])
 
     limit = model.config.max_positions
     batch, new, past = (torch.export.Dim(n, min=low, max=limit) for n, low in (("batch", 1), ("new", 1), ("past", 0)))
@@ -70,11 +68,21 @@ def step_exportable(
         samples=samples,
         calibration=_samples(model, step, complete(training)[0]),
         metadata=metadata | _notes(model),
-        decide=nearness(),
+        decide=by_predictions,
         score=Score("mse", mse, relative=True),
         dynamic_shapes=({0: batch, 1: new}, {1: batch, 3: past}, {1: batch, 3: past}),
         timed=_after(model, step, contexts[:1]),
     )
+
+
+def by_predictions(expected: np.ndarray, found: np.ndarray) -> Agreement:
+    """Predictions `[B, p]` decide; keys and values do not."""
+    return nearness()(expected, found) if expected.ndim == 2 else Agreement()
+
+
+def squared_error(forecast: Float[Tensor, "W H"], truth: Float[Tensor, "W H"]) -> float:
+    """Mean over the points that were observed."""
+    return float(masked_mean((forecast.double() - truth).square(), observed(truth)))
 
 
 def _notes(model: TimeMoE) -> dict[str, Any]:
@@ -110,23 +118,24 @@ def _samples(model: TimeMoE, step: CachedStep, contexts: Float[Tensor, "W L"]) -
 @torch.no_grad()
 def _after(model: TimeMoE, step: CachedStep, contexts: Float[Tensor, "B L"]) -> Sample:
     """The last point, behind a cache of all others."""
-    points, _ = _scaled(model, contexts)
+    points = scale_of(model, contexts).normalize(contexts)
     caches = step.empty(len(points))
     if points.shape[1] > 1:
         _, *caches = step(points[:, :-1], *caches)
     return samples_of(INPUTS, (points[:, -1:].contiguous(), *caches))[0]
 
 
-def _scaled(model: TimeMoE, contexts: Float[Tensor, "B L"]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Contexts as the layers see them, and the way back."""
-    if model.config.normalize == "none":
-        return contexts, lambda points: points
-    scale = instance_scale(contexts)
-    return scale.normalize(contexts), scale.restore
+def scale_of(model: TimeMoE, contexts: Float[Tensor, "B L"]) -> Scale:
+    """From contexts to what the layers see, and back."""
+    if model.config.normalize == "instance":
+        return instance_scale(contexts)
+    return Scale(torch.zeros(len(contexts), 1), torch.ones(len(contexts), 1))
 
 
 def rollouts(whole: Exportable, step: Exportable, path: Path, exact: bool) -> dict[str, float]:
-    """Whole forecasts over twice the largest head by a file of the step, beside PyTorch's with a cache of its own.
+    """Whole forecasts by a file of the step, beside PyTorch's with a cache of its own.
+
+    They reach over twice the largest head, where the model has positions for that.
 
     Args:
         whole: the pass over a context, from whose samples forecasts start.
@@ -143,15 +152,16 @@ def rollouts(whole: Exportable, step: Exportable, path: Path, exact: bool) -> di
     """
     module: CachedStep = step.module
     model, contexts = module.model, torch.cat([sample.tensors[0] for sample in whole.samples])
-    contexts, horizon = contexts[observed(contexts).all(1)][:ROLLOUTS], 2 * module.model.config.horizons[-1]
+    contexts, largest = contexts[observed(contexts).all(1)][:ROLLOUTS], model.config.horizons[-1]
+    horizon = 2 * largest if contexts.shape[1] + largest <= model.config.max_positions else largest
     run = _session(path)
     expected = model.forecast(contexts, horizon)
     error = float((roll_out(run, module, contexts, horizon) - expected).abs().max() / expected.abs().max())
     if exact and not error <= TOLERANCE:
         path.unlink()
         raise UserError(
-            f"export: step: forecasts differ from PyTorch by {error:.2g} of their range, more than {TOLERANCE}; no "
-            "file was kept"
+            f"export: step: forecasts differ from PyTorch by {error:.2g} of their range, more than {TOLERANCE}; its "
+            "file was not kept"
         )
     calls = {
         "rollout_ms_p50": lambda: roll_out(run, module, contexts[:1], horizon),
@@ -183,14 +193,14 @@ def roll_out(step: Step, module: CachedStep, contexts: Float[Tensor, "B L"], hor
         contexts: without gaps.
         horizon: H, any number of points.
     """
-    points, restore = _scaled(module.model, contexts)
-    keys, values = module.empty(len(contexts))
+    scale = scale_of(module.model, contexts)
+    points, (keys, values) = scale.normalize(contexts), module.empty(len(contexts))
     parts: list[Tensor] = []
     for part in _heads(module.model.config.horizons, horizon):
         said, keys, values = step(points, keys, values)
         points = said[:, part]
         parts.append(points)
-    return restore(torch.cat(parts, 1))
+    return scale.restore(torch.cat(parts, 1))
 
 
 def _heads(sizes: Sequence[int], horizon: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from apps.timeseries.models.base import instance_scale
@@ -90,6 +90,58 @@ class CachedStep(nn.Module):
         attention, like = self.model.blocks[0].attention, self.model.norm.weight
         none = like.new_empty(len(self.model.blocks), rows, attention.kv_heads, 0, attention.head_dim)
         return none, none.clone()
+
+
+class FixedStep(nn.Module):
+    """`CachedStep` of one point with shapes that never change, for accelerators.
+
+    Keys and values lie in buffers of C points, of which the first `position` count; what lies behind them is not looked
+    at. The host writes the new ones to where the point stands.
+
+    Args:
+        model: whose weights it shares.
+        capacity: C.
+    """
+
+    def __init__(self, model: TimeMoE, capacity: int) -> None:
+        super().__init__()
+        self.model, self.capacity = model, capacity
+        places = torch.arange(capacity + 1)
+        cos, sin = rotary_table(places, model.blocks[0].attention.head_dim, model.config.rope_theta)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        points: Float[Tensor, "B 1"],
+        keys: Float[Tensor, "B layers G C d"],
+        values: Float[Tensor, "B layers G C d"],
+        position: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B p"], Float[Tensor, "B layers G 1 d"], Float[Tensor, "B layers G 1 d"]]:
+        """One step.
+
+        Args:
+            points: the next one of each row, as `CachedStep` takes them.
+            keys: of the points before it, in all layers.
+            values: likewise.
+            position: how many points were before it, at most C.
+
+        Returns:
+            Predictions of all heads side by side; keys and values of the point.
+        """
+        model = self.model
+        rotation = self.cos[position][:, None, None], self.sin[position][:, None, None]  # [B, 1, 1, d]
+        seen = (self.places < position[:, None]) | (self.places == self.capacity)  # the point itself comes last
+        mask = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # [B, 1, 1, C + 1]
+        caches = [TensorCache(key, value) for key, value in zip(keys.unbind(1), values.unbind(1), strict=True)]
+        hidden = model.embed(points)
+        for block, cache in zip(model.blocks, caches, strict=True):
+            hidden = block(hidden, rotation, mask, cache)
+        hidden = model.norm(hidden[:, 0])
+        predictions = torch.cat([head(hidden) for head in model.heads], -1)
+        new = (torch.stack(parts, 1)[..., -1:, :] for parts in zip(*((c.key, c.value) for c in caches), strict=True))
+        return predictions, *new
 
 
 def step_module(model: TimeMoE, cached: bool = False) -> nn.Module:

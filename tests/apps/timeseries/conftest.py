@@ -124,6 +124,28 @@ def segmoe_run(trained_runs) -> Path:
 
 
 @pytest.fixture
+def exporting(untyped, monkeypatch) -> None:
+    """Models can be traced, and what is exported is timed for a moment only."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("export.latency.SECONDS", 0.05)
+
+
+@pytest.fixture
+def ready(trained_runs) -> Callable[..., dict[str, Any]]:
+    """What there is to export of a tiny trained model; keyword arguments are settings of its training."""
+    from apps.timeseries.deploy import exportables
+    from apps.timeseries.loading import load_trained
+    from apps.timeseries.verbs import make_data
+
+    def make(name: str, device: bool = False, **changes: object) -> dict[str, Any]:
+        run = trained_runs(run__name=name, model__name=name, **changes)
+        trained = load_trained(run / "checkpoints" / "best.ckpt")
+        return exportables(trained, make_data(trained.config), calibration=40, device=device)
+
+    return make
+
+
+@pytest.fixture
 def read_json() -> Callable[[Path], Any]:
     """Reads a JSON file."""
     return lambda path: json.loads(Path(path).read_text())

@@ -11,7 +11,15 @@ from scipy import special, stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from apps.timeseries.models.distributions import COMPONENTS, FIXED_SCALE, MAX_SAMPLE, Mixture, MixtureHead
+from apps.timeseries.models.distributions import (
+    COMPONENTS,
+    FIXED_SCALE,
+    MAX_SAMPLE,
+    PARAMETERS,
+    Mixture,
+    MixtureHead,
+    log_likelihood,
+)
 
 RAW = torch.tensor([0.3, -0.4, 0.1, 0.7, 1.0, 0.2, -0.5, 0.4, 1.5, 0.6, 0.1, -0.3], dtype=torch.float64)
 """Weights' logits, then df, loc, scale; loc; total_count, logits; loc, scale."""
@@ -141,3 +149,14 @@ def test_the_head_gives_every_point_its_own_mixture():
 
 def test_half_precision_is_left_for_the_likelihood():
     assert MixtureHead(4, 2).bfloat16()(torch.randn(3, 4).bfloat16()).raw.dtype == torch.float32
+
+
+def test_bounded_parameters_are_all_there_is_to_know():
+    raw = torch.randn(5, 12, dtype=torch.float64)
+    mixture, x = Mixture(raw), torch.tensor([-1.0, 0.0, 0.5, 2.0, 3.3], dtype=torch.float64)
+    torch.testing.assert_close(log_likelihood(x, mixture.bounded), mixture.log_prob(x))
+    torch.testing.assert_close(mixture.bounded[:, :4], raw[:, :4].softmax(-1))
+    named = dict(zip(PARAMETERS, mixture.bounded[:, 4:].unbind(-1), strict=True))
+    torch.testing.assert_close(named["df"], 2 + F.softplus(raw[:, 4]))
+    torch.testing.assert_close(named["log_scale"], F.softplus(raw[:, 11]))
+    torch.testing.assert_close(named["logits"], raw[:, 9])
