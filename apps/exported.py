@@ -42,9 +42,7 @@ def exported_files(page: Page, folder: Path) -> None:
     section.table([_row(name, figures) for name, figures in files.items()])
     timed = {name: figures for name, figures in files.items() if "export_ms_p50" in figures}
     if timed:
-        section.figure(
-            _times(timed), "Milliseconds per call, beside PyTorch and other graphs of the same model"
-        )
+        section.figure(_times(timed), "Milliseconds per call, beside PyTorch and other graphs of the same model")
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def deliver(exportable: Exportable, form: str, path: Path, settings: OnnxSetting
         exact = form == "onnx" and experts not in _INEXACT
         found = verify(exportable, made, opaque, form, expected)
         refuse_inexact(found.comparison) if exact else refuse_changed(found, settings)
+        if exportable.further is not None:
+            found.measured.update(exportable.further(made, exact))
         place(made, path)
     if form != "onnx":
         found.measured["quantised_share"] = 1 - float_weights(graph) / max(float_weights(opaque), 1)

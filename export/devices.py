@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ def _fpga(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[st
         found: dict[str, float] = {}
         for task, (name, module) in enumerate(modules.items()):
             comparison, overflows = _simulated(dataclasses.replace(exportable, module=module), program, task, settings)
-            _refuse_changed(comparison, settings)
+            _refuse_changed(comparison, overflows, settings)
             prefix = f"{name}/" if name else ""
             found |= {f"{prefix}{key}": value for key, value in comparison.scalars().items()}
             found[f"{prefix}overflows"] = float(sum(overflows.values()))
@@ -138,15 +138,21 @@ def _simulated(
     return compare(dataclasses.replace(exportable, samples=runs), run), overflows
 
 
-def _refuse_changed(comparison: Comparison, settings: FpgaSettings) -> None:
+def _refuse_changed(comparison: Comparison, overflows: Mapping[str, int], settings: FpgaSettings) -> None:
     if comparison.score is None:
         return
     name, before, after, change = comparison.score
-    if not change <= settings.max_score_change:
-        raise ExportError(
-            f"{name} goes from {before:.4g} to {after:.4g} in fixed point, further than fpga.max_score_change="
-            f"{settings.max_score_change:g}; give more bits (fpga.weight_width, activation_width); nothing was kept"
-        )
+    if change <= settings.max_score_change:
+        return
+    lost = [tensor for tensor, count in overflows.items() if count]
+    remedy = "give more bits (fpga.weight_width, fpga.activation_width)"
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        remedy = f"results of {', '.join(lost[:3])}{more} did not fit: give more fpga.margin or fpga.calibrated inputs"
+    raise ExportError(
+        f"{name} goes from {before:.4g} to {after:.4g} in fixed point, further than fpga.max_score_change="
+        f"{settings.max_score_change:g}; {remedy}; nothing was kept"
+    )
 
 
 def _priced(folder: Path, settings: FpgaSettings) -> dict[str, float]:

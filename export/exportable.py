@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class Exportable:
     """Of each input the dimensions that vary; None: the first."""
     finish: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None
     """Puts in front of the graph, or behind it, what PyTorch does not compute."""
+    further: Callable[[Path, bool], Mapping[str, float]] | None = None
+    """Further figures of an ONNX file, measured before it is kept: its path, and whether it must give PyTorch's
+    numbers; raises `ExportError` if it must and does not."""
     tasks: Mapping[str, nn.Module] | None = None
     """For FPGAs: modules of the same structure that differ in gates alone, by task, of which `module` is the first."""
     timed: Sample | None = None

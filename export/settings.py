@@ -36,7 +36,7 @@ class FixedSettings:
     """Bits of weights and embedding tables."""
     activation_width: int = 24
     """Bits of activations, biases and scales."""
-    margin: int = 1
+    margin: int = 2
     """Integer bits of activations beyond the range that calibration saw."""
     overflow: Literal["saturate", "wrap"] = "saturate"
     """What becomes of results that do not fit; they are counted either way."""
@@ -69,7 +69,7 @@ class FpgaSettings(FixedSettings):
 
     device: str = "zcu104"
     """Device that latency and resources are estimated for: zcu102, zcu104, u280, z7020, or a YAML file of one's own."""
-    calibrated: int = 32
+    calibrated: int = 128
     """Training inputs that formats are chosen from."""
     compared: int = 100
     """Test inputs that the simulator is compared with PyTorch on."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 """Has Gelu natively; onnxruntime from 1.17 on runs it."""
+_OUTPUT = "moecore_output_"
 IR_VERSION = 10
 """What onnxruntime from 1.18 on reads; onnx itself writes newer ones than any onnxruntime takes."""
 
@@ -63,7 +64,7 @@ def trace(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(input_names),
-                output_names=list(output_names),
+                output_names=[f"{_OUTPUT}{i}" for i in range(len(output_names))],
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
@@ -72,6 +73,7 @@ def trace(
             raise ExportError(f"this model has no ONNX form ({str(cause).strip().splitlines()[0]})") from error
     proto = program.model_proto
     proto.ir_version = IR_VERSION
+    _name_outputs(proto, output_names)
     _annotate(proto)
     return proto
 
@@ -97,6 +99,20 @@ def _exported(path: str, module: nn.Module) -> nn.Module:
         return module.for_export()
     except ConfigError as error:
         raise ExportError(f"{path}: {error}") from error
+
+
+def _name_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Outputs by their names, and inner values that had such a name by another; the exporter lets the two collide."""
+    renamed = {name: f"inner_{name}" for name in names} | {f"{_OUTPUT}{i}": name for i, name in enumerate(names)}
+    graph = proto.graph
+    taken = {one.name for one in graph.input}
+    if collide := taken.intersection(names):
+        raise ExportError(f"output_names: {', '.join(sorted(collide))} is an input; give another name")
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [renamed.get(name, name) for name in field]
+    for one in (*graph.output, *graph.initializer, *graph.value_info):
+        one.name = renamed.get(one.name, one.name)
 
 
 def _annotate(proto: onnx.ModelProto) -> None:

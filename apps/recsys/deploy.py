@@ -21,7 +21,7 @@ from apps.recsys.batch import Batch, InputSpec, TaskSpec
 from apps.recsys.data import RecsysData
 from apps.recsys.deploy_inputs import OUTPUT, describe, features_graph, prepend
 from apps.recsys.deploy_numbers import NumberEncoding, take_numbers
-from apps.recsys.deploy_rows import Compared, compared_rows, first_rows
+from apps.recsys.deploy_rows import Compared, compared_rows, first_rows, time_candidates
 from apps.recsys.deploy_sparse import run_chosen_only
 from apps.recsys.loading import Trained
 from apps.recsys.metrics import auc
@@ -131,7 +131,7 @@ def exportable(trained: Trained, data: RecsysData, calibration: int = 256) -> Ex
     compared = compared_rows(trained, data)
     first = _sample(module, numbers, compared[0])
     _check_scores(module, first)
-    return Exportable(
+    one = Exportable(
         module=module,
         inputs=module.names(),
         outputs=(OUTPUT,),
@@ -144,6 +144,7 @@ def exportable(trained: Trained, data: RecsysData, calibration: int = 256) -> Ex
         score=_score([one.batch.labels for one in compared if one.batch.labels is not None]),
         finish=lambda network: prepend(features, network),
     )
+    return dataclasses.replace(one, further=lambda path, exact: time_candidates(one, path))
 
 
 def for_device(one: Exportable, trained: Trained, vectors: bool) -> Exportable:

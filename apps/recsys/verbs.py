@@ -110,7 +110,6 @@ def export(config: RecsysConfig, args: Export, source: str | None) -> None:
     """Write the model in a deployable form; for devices also what their host computes, as ONNX."""
     from apps import exporting
     from apps.recsys.deploy import exportable, for_device, host_features, metadata_of
-    from apps.recsys.deploy_rows import time_candidates
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
@@ -118,7 +117,6 @@ def export(config: RecsysConfig, args: Export, source: str | None) -> None:
     one = exportable(trained, _data(config, trained), args.calibration)
     if args.format in exporting.ONNX:
         figures = exporting.write(one, args, path)
-        figures |= time_candidates(one, path)
     else:
         from export.onnx import save
 

@@ -70,6 +70,7 @@ def exportable(trained: Trained, calibration: int = 256) -> Exportable:
             "moecore_version": __version__,
         },
         decide=largest() if env.discrete else same_action,
+        further=lambda path, exact: returns(trained, path),
     )
 
 

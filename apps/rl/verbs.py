@@ -157,15 +157,12 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
 def export(config: RLConfig, args: Export, source: str | None) -> None:
     """Write the deterministic policy in a deployable form; an ONNX file also acts, in episodes of its own."""
     from apps import exporting
-    from apps.rl.deploy import exportable, returns
+    from apps.rl.deploy import exportable
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     path = exporting.target(args, trained.path, "policy")
-    figures = exporting.write(exportable(trained, args.calibration), args, path)
-    if args.format in exporting.ONNX:
-        figures |= returns(trained, path)
-    exporting.show(args, path, figures)
+    exporting.show(args, path, exporting.write(exportable(trained, args.calibration), args, path))
 
 
 @_by_method

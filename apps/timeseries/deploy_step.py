@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from apps.timeseries.models.base import Scale, Windows, instance_scale, masked_m
 from apps.timeseries.models.timemoe import TimeMoE
 from apps.timeseries.models.timemoe_export import CachedStep
 from export.decisions import Agreement, nearness
+from export.errors import ExportError
 from export.exportable import Exportable, Outputs, Sample, Score, samples_of
 from export.measure import session_of, timed
-from export.notes import NOTES, note
 from export.verify import TOLERANCE
 
 CACHES = 64 * 2**20
@@ -72,6 +71,7 @@ def step_exportable(
         score=Score("mse", mse, relative=True),
         dynamic_shapes=({0: batch, 1: new}, {1: batch, 3: past}, {1: batch, 3: past}),
         timed=_after(model, step, contexts[:1]),
+        further=lambda path, exact: rollouts(step, contexts[:ROLLOUTS], path, exact),
     )
 
 
@@ -132,15 +132,15 @@ def scale_of(model: TimeMoE, contexts: Float[Tensor, "B L"]) -> Scale:
     return Scale(torch.zeros(len(contexts), 1), torch.ones(len(contexts), 1))
 
 
-def rollouts(whole: Exportable, step: Exportable, path: Path, exact: bool) -> dict[str, float]:
+def rollouts(step: CachedStep, contexts: Float[Tensor, "B L"], path: Path, exact: bool) -> dict[str, float]:
     """Whole forecasts by a file of the step, beside PyTorch's with a cache of its own.
 
     They reach over twice the largest head, where the model has positions for that.
 
     Args:
-        whole: the pass over a context, from whose samples forecasts start.
         step: the decoding step.
-        path: of its file; what is found is noted beside it.
+        contexts: from which forecasts start.
+        path: of its file.
         exact: whether the file must give PyTorch's numbers.
 
     Returns:
@@ -148,29 +148,24 @@ def rollouts(whole: Exportable, step: Exportable, path: Path, exact: bool) -> di
         `rollout_ms_p50` and `rollout_torch_ms_p50`; how many and how long.
 
     Raises:
-        UserError: if it must, and does not; then the file is gone.
+        ExportError: if it must, and does not.
     """
-    module: CachedStep = step.module
-    model, contexts = module.model, torch.cat([sample.tensors[0] for sample in whole.samples])
-    contexts, largest = contexts[observed(contexts).all(1)][:ROLLOUTS], model.config.horizons[-1]
+    model = step.model
+    largest = model.config.horizons[-1]
     horizon = 2 * largest if contexts.shape[1] + largest <= model.config.max_positions else largest
     run = _session(path)
     expected = model.forecast(contexts, horizon)
-    error = float((roll_out(run, module, contexts, horizon) - expected).abs().max() / expected.abs().max())
+    error = float((roll_out(run, step, contexts, horizon) - expected).abs().max() / expected.abs().max())
     if exact and not error <= TOLERANCE:
-        path.unlink()
-        raise UserError(
-            f"export: step: forecasts differ from PyTorch by {error:.2g} of their range, more than {TOLERANCE}; its "
-            "file was not kept"
+        raise ExportError(
+            f"forecasts differ from PyTorch by {error:.2g} of their range, more than {TOLERANCE}; no file was kept"
         )
     calls = {
-        "rollout_ms_p50": lambda: roll_out(run, module, contexts[:1], horizon),
+        "rollout_ms_p50": lambda: roll_out(run, step, contexts[:1], horizon),
         "rollout_torch_ms_p50": lambda: model.forecast(contexts[:1], horizon),
     }
     figures = {"rollouts": float(len(contexts)), "rollout_horizon": float(horizon), "rollout_max_relative_error": error}
-    figures |= {name: 1e3 * float(np.median(seconds)) for name, seconds in timed(calls, ROUNDS).items()}
-    note(path, json.loads(path.with_name(NOTES).read_text())[path.name] | figures)
-    return figures
+    return figures | {name: 1e3 * float(np.median(seconds)) for name, seconds in timed(calls, ROUNDS).items()}
 
 
 def _session(path: Path) -> Step:

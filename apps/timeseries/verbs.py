@@ -178,18 +178,12 @@ def export(config: TimeseriesConfig, args: Export, source: str | None) -> None:
     """Write the model in a deployable form, compared with PyTorch on test windows."""
     from apps import exporting
     from apps.timeseries.deploy import exportables
-    from apps.timeseries.deploy_step import rollouts
 
     training.prepare_process(config.run)
     trained = load_trained(Path(args.ckpt_path), config)
     path, onnx = exporting.target(args, trained.path), args.format in exporting.ONNX
     found = exportables(trained, make_data(config), args.calibration, device=not onnx)
-    figures = exporting.write(found, args, path)
-    if "step" in found:
-        exact = args.format == "onnx" and not args.onnx.experts.startswith("qmoe")
-        step = path.with_name(f"{path.name.removesuffix(path.suffix)}.step{path.suffix}")
-        figures |= rollouts(found[""], found["step"], step, exact)
-    exporting.show(args, path, figures)
+    exporting.show(args, path, exporting.write(found, args, path))
 
 
 def benchmark(config: TimeseriesConfig, args: Benchmark, source: str | None) -> None:

@@ -26,6 +26,18 @@ FAR = 16.0
 """Infinities stand for this much more than twice the largest finite value: beyond what softmax or a choice can tell."""
 
 
+BOUNDLESS = 1e30
+"""Values this far out mean infinity: masks hold the lowest number there is."""
+
+
+def boundless(values: np.ndarray) -> np.ndarray:
+    """Floating-point values with those that mean infinity made so."""
+    if values.dtype.kind != "f":
+        return values
+    far = np.abs(values) >= BOUNDLESS
+    return np.where(far, np.copysign(np.inf, values), values).astype(values.dtype) if far.any() else values
+
+
 def inside(output: str, stage: str) -> str:
     """Name of a stage inside the mixture of experts that gives `output`."""
     return f"{output}:{stage}"
@@ -50,6 +62,7 @@ class Observed:
         if not values.size:
             return
         if values.dtype.kind == "f":
+            values = boundless(values)
             finite = values[np.isfinite(values)]
             if len(finite) < values.size:
                 self.missing |= bool(np.isnan(values).any())
@@ -98,7 +111,7 @@ class FloatGraph:
         from onnx import numpy_helper
 
         self.proto = proto
-        self.constants: Values = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer}
+        self.constants: Values = {one.name: boundless(numpy_helper.to_array(one)) for one in proto.graph.initializer}
         self.inputs = [one.name for one in proto.graph.input if one.name not in self.constants]
         self.outputs = [one.name for one in proto.graph.output]
         self._segments = [_Segment()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.errors import ExportError
-from export.fpga.calibrate import FloatGraph, Observed, Values
+from export.fpga.calibrate import FloatGraph, Observed, Values, boundless
 from export.lowering.node import layer_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def read(graph: FloatGraph, observed: dict[str, Observed], first: Values) -> Gra
         node = _node(proto)
         if _never_changes(node, result) or _is_special(node, result):
             for name in filter(None, node.outputs):
-                constants[name] = np.asarray(first[name])[None]
+                constants[name] = boundless(np.asarray(first[name]))[None]
         elif (source := _view_of(node, result)) is not None:
             result.views[node.outputs[0]] = source
         else:

@@ -137,3 +137,22 @@ def test_nan_in_is_nan_out_in_both(tmp_path):
     assert found.max_error < 1e-5  # NaN in both counts as equal
     x[0, 0, 0] = 0.0
     assert compared(moe, path, [x]).max_relative_error < 1e-5
+
+
+def test_outputs_may_have_the_name_of_something_inside(tmp_path):
+    """The exporter calls the mean of the model `mean`."""
+
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean = x.mean(1)
+            return mean.abs(), mean.exp()
+
+    path = export_onnx(Halves(), torch.randn(2, N), tmp_path / "m.onnx", "x", ["mean", "exp"])
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    x = torch.randn(3, N)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ours = dict(zip(("mean", "exp"), session.run(["mean", "exp"], {"x": x.numpy()}), strict=True))
+    for name, expected in zip(("mean", "exp"), Halves()(x), strict=True):
+        assert np.allclose(ours[name], expected.numpy(), atol=1e-6)
+    with pytest.raises(ExportError, match=r"^output_names: x is an input; give another name$"):
+        export_onnx(Halves(), torch.randn(2, N), tmp_path / "m.onnx", "x", ["x", "exp"])

@@ -88,6 +88,7 @@ def exportable(trained: TrainedInContext, calibration: int = 256, fixed: bool = 
             "moecore_version": __version__,
         },
         decide=same_action,
+        further=lambda path, exact: returns(trained, path),
         dynamic_shapes=({0: batch, 1: steps},) * 3,
         timed=samples_of(INPUTS, tuple(t[:1] for t in longest.tensors))[0],
     )

@@ -93,14 +93,12 @@ def report(config: RLConfig, args: Report, source: str | None) -> None:
 def export(config: RLConfig, args: Export, source: str | None) -> None:
     """Write the transformer in a deployable form; an ONNX file also acts, in episodes of its own."""
     from apps import exporting
-    from apps.rl.incontext.deploy import exportable, returns
+    from apps.rl.incontext.deploy import exportable
 
     training.prepare_process(config.run)
     trained = load_in_context(Path(args.ckpt_path), config)
     path, runtime = exporting.target(args, trained.path, "policy"), args.format in exporting.ONNX
     figures = exporting.write(exportable(trained, args.calibration, fixed=not runtime), args, path)
-    if runtime:
-        figures |= returns(trained, path)
     exporting.show(args, path, figures)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.errors import UserError
 from apps.timeseries.deploy import exportables
-from apps.timeseries.deploy_step import rollouts
 from apps.timeseries.loading import load_trained
 from apps.timeseries.verbs import make_data
 from export.deliver import traced
+from export.errors import ExportError
 from export.lowering import lower
-from export.notes import note
 from export.onnx import save
 
 pytestmark = pytest.mark.usefixtures("exporting")
@@ -23,29 +21,27 @@ def test_time_moe_has_a_file_for_decoding_too(ts, trained_runs, tmp_path, read_j
     done = ts("export", "--ckpt_path", run, "--output", tmp_path / "t.onnx", "--json", tmp_path / "f.json")
     assert (done.code, done.err) == (0, "")
     figures, kept = read_json(tmp_path / "f.json"), read_json(tmp_path / "export.json")
-    assert figures["step_max_relative_error"] < 1e-4 > figures["rollout_max_relative_error"]
-    assert (figures["rollout_horizon"], figures["rollouts"], figures["step_rows"]) == (8, 4, 21)
+    assert figures["step_max_relative_error"] < 1e-4 > figures["step_rollout_max_relative_error"]
+    assert (figures["step_rollout_horizon"], figures["step_rollouts"], figures["step_rows"]) == (8, 4, 21)
     assert figures["step_export_ms_p50"] < figures["step_torch_ms_p50"]
-    assert figures["rollout_ms_p50"] < figures["rollout_torch_ms_p50"]
+    assert figures["step_rollout_ms_p50"] < figures["step_rollout_torch_ms_p50"]
     assert kept.keys() == {"t.onnx", "t.step.onnx"}
     assert kept["t.step.onnx"]["rollout_horizon"] == 8
     assert figures["step_decisions"] == 21 * 5  # predictions of both heads, and no keys
 
 
 def test_a_step_whose_forecasts_differ_is_not_kept(ready, tmp_path):
-    made = ready("timemoe")
-    path = save(lower(traced(made["step"]), "sparse"), tmp_path / "m.step.onnx")
-    note(path, {"format": "onnx"})
-    assert rollouts(made[""], made["step"], path, exact=True)["rollout_max_relative_error"] < 1e-5
-    model = made["step"].module.model
+    made = ready("timemoe")["step"]
+    path = save(lower(traced(made), "sparse"), tmp_path / "m.step.onnx")
+    assert made.further(path, True)["rollout_max_relative_error"] < 1e-5
+    model = made.module.model
     model.config.max_positions = 24 + 3
-    assert rollouts(made[""], made["step"], path, exact=True)["rollout_horizon"] == 4
+    assert made.further(path, True)["rollout_horizon"] == 4
     with torch.no_grad():
         model.heads[-1].weight.mul_(1.01)
-    assert rollouts(made[""], made["step"], path, exact=False)["rollout_max_relative_error"] > 1e-3
-    with pytest.raises(UserError, match=r"^export: step: forecasts differ from PyTorch by .*; its file was not kept$"):
-        rollouts(made[""], made["step"], path, exact=True)
-    assert not path.exists()
+    assert made.further(path, False)["rollout_max_relative_error"] > 1e-3
+    with pytest.raises(ExportError, match=r"^forecasts differ from PyTorch by .*; no file was kept$"):
+        made.further(path, True)
 
 
 def test_weights_of_half_the_bits_are_exported_in_full(trained_runs):
