@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from apps.verbs import Export
 from export.deliver import deliver
 from export.errors import ExportError
 from export.exportable import Exportable
+from export.notes import require_replaceable
 
 SUFFIX = {
     "onnx": ".onnx",
@@ -24,12 +26,42 @@ SUFFIX = {
     "fpga": ".fpga",
 }
 """What the names of files and folders end in by default."""
+FOLDERS = ("hls4ml", "fpga", "edge-moe")
+"""Formats that are folders."""
 ONNX = tuple(form for form in SUFFIX if form.startswith("onnx"))
 
 
 def target(args: Export, checkpoint: Path, stem: str = "model") -> Path:
-    """Where to write."""
-    return Path(args.output) if args.output else run_folder(checkpoint) / f"{stem}{SUFFIX[args.format]}"
+    """Where to write, checked before any work is done.
+
+    Raises:
+        UserError: for a place where nothing can be written, or that holds something else.
+    """
+    path = Path(args.output) if args.output else run_folder(checkpoint) / f"{stem}{SUFFIX[args.format]}"
+    check_place(path, folder=args.format in FOLDERS)
+    if args.json:
+        check_place(Path(args.json), folder=False)
+    return path
+
+
+def check_place(path: Path, folder: bool) -> None:
+    """Refuse a place where a file, or a folder, cannot be written, or would take the place of something else.
+
+    Raises:
+        UserError: names the path.
+    """
+    if folder:
+        try:
+            require_replaceable(path)
+        except ExportError as error:
+            raise UserError(str(error)) from error
+    elif path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    parent = next(one for one in (path.absolute().parent, *path.absolute().parents) if one.exists())
+    if not parent.is_dir():
+        raise UserError(f"{path}: {parent} is no folder; give another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: nothing can be written there; give another path")
 
 
 def write(exportable: Exportable | Mapping[str, Exportable], args: Export, path: Path) -> dict[str, float]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from export.compare import Comparison, compare
+from export.decisions import largest
 from export.errors import ExportError
 from export.exportable import Exportable, Outputs, Sample
-from export.notes import note
+from export.notes import note, require_replaceable
 from export.settings import FpgaSettings
 from export.trace import trace
 from moecore.files import atomic_folder, write_atomic
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import onnx
 
     from export.fpga.program import Program
+
+
+LARGEST = largest().__qualname__
 
 
 def deliver(exportable: Exportable, form: str, path: Path, settings: FpgaSettings | None = None) -> dict[str, float]:
@@ -84,7 +88,10 @@ def _qonnx(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[s
     from export.qonnx import write_qonnx
 
     graph, samples = static_graph(exportable), _stacked(exportable, exportable.calibration)
-    return write_qonnx(graph, samples, path, metadata=exportable.metadata)
+    figures = write_qonnx(graph, samples, path, metadata=exportable.metadata)
+    if exportable.decide.__qualname__ != LARGEST:  # its decisions are of the largest value along the last axis
+        figures.pop("decision_agreement", None)
+    return figures
 
 
 def _hls4ml(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[str, float]:
@@ -102,6 +109,7 @@ def _fpga(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[st
     graphs = {name: static_graph(exportable, module) for name, module in modules.items()}
     calibration = feeds(exportable, single_runs(exportable, exportable.calibration, settings.calibrated))
     graph = graphs if exportable.tasks else graphs[""]
+    require_replaceable(path)
     with atomic_folder(path) as folder:
         figures = export_fpga(graph, calibration, folder, settings.fixed(), exportable.metadata)
         (folder / "testbench.log").write_text(run_bundle(folder))
@@ -114,7 +122,7 @@ def _fpga(exportable: Exportable, path: Path, settings: FpgaSettings) -> dict[st
             found |= {f"{prefix}{key}": value for key, value in comparison.scalars().items()}
             found[f"{prefix}overflows"] = float(sum(overflows.values()))
             found |= {f"{prefix}overflows/{tensor}": float(count) for tensor, count in overflows.items() if count}
-        found |= _priced(folder, settings)
+        found |= _priced(folder, path.name, settings)
         _widths(exportable, graphs, calibration, folder, settings)
     return figures | found
 
@@ -155,14 +163,14 @@ def _refuse_changed(comparison: Comparison, overflows: Mapping[str, int], settin
     )
 
 
-def _priced(folder: Path, settings: FpgaSettings) -> dict[str, float]:
+def _priced(folder: Path, name: str, settings: FpgaSettings) -> dict[str, float]:
     """Resources and latency on a device, by the model of both: `estimate.json` in the bundle."""
     from export.fpga.explore import explore, for_bundle
     from export.fpga.resources import load_device
     from export.fpga.workload import from_manifest, read_manifest
 
     manifest, device = read_manifest(folder / "manifest.json"), load_device(settings.device)
-    explored = explore(from_manifest(manifest, folder.name), device, for_bundle(manifest, device)).as_dict()
+    explored = explore(from_manifest(manifest, name), device, for_bundle(manifest, device)).as_dict()
     write_atomic(folder / "estimate.json", json.dumps(explored, indent=1) + "\n")
     return {f"{settings.device}_estimated_ms": float(explored["latency_ms"])}
 

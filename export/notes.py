@@ -14,6 +14,23 @@ NOTES = "export.json"
 """File beside exported ones that keeps what was measured of each."""
 
 
+MARKS = ("manifest.json", "edge_moe.json")
+"""Files that folders written by an export hold."""
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to put a folder in the place of anything but an earlier export or an empty folder.
+
+    Raises:
+        ExportError: names the path.
+    """
+    if not path.exists():
+        return
+    ours = path.is_dir() and (any((path / mark).is_file() for mark in MARKS) or not any(path.iterdir()))
+    if not ours:
+        raise ExportError(f"output={path}: is there, and no folder that an export wrote; give another name")
+
+
 def note(path: Path, figures: Mapping[str, Any]) -> None:
     """Keep what was measured of a file or folder.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from moecore.errors import choice, require
@@ -63,6 +64,10 @@ class FixedSettings:
         return self.overflow == "wrap"
 
 
+DEVICES = ("u280", "z7020", "zcu102", "zcu104")
+"""Devices that are described here."""
+
+
 @dataclass(frozen=True)
 class FpgaSettings(FixedSettings):
     """Fixed-point accelerators, and what is measured of them."""
@@ -84,6 +89,8 @@ class FpgaSettings(FixedSettings):
         for name in ("calibrated", "compared"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.sweep >= 0, "sweep", self.sweep, "must not be negative")
+        known = self.device in DEVICES or Path(self.device).is_file()
+        require(known, "device", self.device, f"choose one of {', '.join(DEVICES)}, or give a YAML file")
 
     def fixed(self) -> FixedSettings:
         """Widths and tiles alone."""

@@ -121,7 +121,7 @@ def export(config: RecsysConfig, args: Export, source: str | None) -> None:
         from export.onnx import save
 
         figures = exporting.write(for_device(one, trained, vectors), args, path)
-        host = path.with_name(f"{path.name.removesuffix(path.suffix)}.host.onnx")
+        host = path.with_name(f"{path.name.removesuffix('.onnx')}.host.onnx")
         print(f"host: {save(host_features(one, trained, vectors), host, metadata_of(trained))}")
     exporting.show(args, path, figures)
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from export.edge_moe.check import ASSUMED, MSE_LIMIT, Calibration, Golden, Outputs, calibrate, golden, require_agreement
 from export.edge_moe.fixed import ACTIVATION, Fixed
-from export.edge_moe.folder import Contents, require_target, write_folder
+from export.edge_moe.folder import Contents, write_folder
 from export.edge_moe.layout import GOLDEN, Tensors, accelerator_tensors, specs
 from export.edge_moe.ranges import clip_upper_ends, described, require_finite, require_ranges, weight_ranges
 from export.edge_moe.rescale import rescaled
 from export.edge_moe.settings import ACCELERATOR, require_settings
+from export.notes import require_replaceable
 from moecore.errors import require
 
 
@@ -76,7 +77,7 @@ def export_edge_moe(
     require(fits, "images", f"{images.dtype} {tuple(images.shape)}", f"give at least one uint8 image of {size}")
     first = backbone.tasks[0] if task is None else task
     require(first in backbone.tasks, "task", task, f"this model has {', '.join(backbone.tasks)}")
-    require_target(path)
+    require_replaceable(path)
     images = images.cpu()
     model = _fitted(backbone, rescale)
     scale = 2.0**model.output_exponent

@@ -14,7 +14,6 @@ from torch import Tensor
 from export.edge_moe.check import Golden, pixels_of
 from export.edge_moe.layout import GOLDEN, Tensors, stacked
 from export.edge_moe.schedule import Trace
-from export.errors import ExportError
 from moecore.files import atomic_folder
 
 REPORT = "edge_moe.json"
@@ -60,16 +59,6 @@ class Contents:
     first: str
     """The task that the testbench looks at."""
     report: Mapping[str, Any]
-
-
-def require_target(path: Path) -> None:
-    """Refuse to replace what is not such a folder.
-
-    Raises:
-        ExportError: for a file, or a folder of something else.
-    """
-    if path.exists() and not (path / REPORT).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ExportError(f"output={path}: is there, and no folder for the accelerator; give another name")
 
 
 def write_folder(path: Path, contents: Contents) -> tuple[int, int]:

@@ -363,14 +363,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         explored = _run(options)
-    except (ConfigError, ExportError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(table(explored) + "\n")
-    if options.json:
-        write_atomic(options.json, json.dumps(explored.as_dict(), indent=2) + "\n")
-    if options.plot:
-        plot(explored, options.plot)
+        sys.stdout.write(table(explored) + "\n")
+        if options.json:
+            write_atomic(options.json, json.dumps(explored.as_dict(), indent=2) + "\n")
+        if options.plot:
+            plot(explored, options.plot)
+    except (ConfigError, ExportError, OSError, ValueError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyError as error:
+        sys.stderr.write(f"error: manifest={options.manifest}: has no {error}; give manifest.json of an fpga bundle\n")
+        return 2
     return 0
 
 

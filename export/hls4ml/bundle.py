@@ -18,6 +18,7 @@ from export.hls4ml.norms import fit_layernorms
 from export.hls4ml.plan import Plan, make_plan
 from export.hls4ml.project import MANIFEST, NAME, PROJECT, require_hls4ml, simulate, strategy, write_project
 from export.lowering import lower
+from export.notes import require_replaceable
 from moecore.errors import require
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def write_hls4ml(
         ExportError: hls4ml has no layers for the model or is not installed, or the project does not compile.
     """
     require_hls4ml()
+    require_replaceable(Path(folder))
     settings = settings or Settings()
     count = min(map(len, calibration.values()))
     require(count >= 4, "calibration", count, "give at least four samples")

@@ -8,6 +8,7 @@ unreadable value, is in the file itself. Dates must be written as its metadata s
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -30,7 +31,9 @@ def column(rows, about):
         return np.array([single(value, about) for value in values], dtype)
     padded = np.full((len(rows), about["shape"][1]), about["missing"], dtype)
     for row, value in zip(padded, values, strict=True):
-        several = value.split(about["separator"]) if isinstance(value, str) else value or []
+        printed = isinstance(value, str) and value[:1] == "["  # a list as Python, JSON or NumPy print it
+        several = re.findall(r"[^][\s,'\"]+", value) if printed else value or []
+        several = several.split(about["separator"]) if isinstance(several, str) else several
         latest = [single(one, about) for one in several if one not in (None, "")][-len(row) :]
         row[: len(latest)] = latest
     return padded

@@ -92,11 +92,18 @@ def test_what_has_no_form_is_refused_and_the_old_bundle_stays(tmp_path):
 
     path = tmp_path / "m.fpga"
     path.mkdir()
-    (path / "old").touch()
+    (path / "manifest.json").touch()
     with pytest.raises(ExportError, match="GRU"):
         deliver(exportable(Strange()), "fpga", path, FpgaSettings())
-    assert [one.name for one in path.iterdir()] == ["old"]
+    assert [one.name for one in path.iterdir()] == ["manifest.json"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_something_else_stays(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ExportError, match="no folder that an export wrote"):
+        deliver(exportable(Classifier()), "fpga", tmp_path, FpgaSettings())
+    assert [one.name for one in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_too_few_bits_are_refused_by_the_tasks_figure(tmp_path):

@@ -134,13 +134,14 @@ def test_a_policy_of_several_inputs_and_outputs_and_every_other_layer(tmp_path):
 @needs_hls4ml
 def test_what_is_refused_leaves_what_was_there(tmp_path):
     (tmp_path / "b").mkdir()
+    (tmp_path / "b/manifest.json").write_text("{}")
     (tmp_path / "b/mine").write_text("kept")
     proto = trace(nn.Sequential(nn.Linear(D, 2), nn.GELU()).eval(), torch.randn(1, D), ["x"], ["y"])
     with pytest.raises(ExportError, match="hls4ml has no GELU"):
         write_hls4ml(proto, {"x": np.zeros((8, D), np.float32)}, tmp_path / "b")
     with pytest.raises(ConfigError, match=r"^calibration=3: give at least four samples"):
         write_hls4ml(proto, {"x": np.zeros((3, D), np.float32)}, tmp_path / "b")
-    assert [one.name for one in tmp_path.rglob("*")] == ["b", "mine"]
+    assert {one.name for one in tmp_path.rglob("*")} == {"b", "manifest.json", "mine"}
 
 
 def test_without_hls4ml_it_says_what_to_install(tmp_path, monkeypatch):

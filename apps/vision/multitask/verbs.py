@@ -123,11 +123,13 @@ def export(config: VisionConfig, args: Export, source: str | None) -> None:
         path = Path(args.output) if args.output else run_folder(trained.path) / f"{args.task}.ckpt"
         if trained.model.slice is None and path.parent.name == "checkpoints":
             raise UserError(f"output={path}: is where whole runs are kept; give another file")
+        exporting.check_place(path, folder=False)
         figures = export_task(trained, data, path, args)
     elif args.format == "edge-moe":
         from apps.vision.multitask.deploy_edge_moe import export_edge_moe
 
         path = Path(args.output) if args.output else run_folder(trained.path) / "model.edge-moe"
+        exporting.check_place(path, folder=True)
         figures = export_edge_moe(trained, data, path, args, args.rescale)
     else:
         path = exporting.target(args, trained.path, args.task or "model")

@@ -36,6 +36,7 @@ static Codes read_codes(const std::string& file, int size, int bytes) {
     std::ifstream stream(file.c_str(), std::ios::binary);
     std::vector<unsigned char> raw((size_t)size * bytes);
     if (!stream.read((char*)raw.data(), (std::streamsize)raw.size())) fail(file + ": missing or too short");
+    if (stream.peek() != EOF) fail(file + ": too long");
     Codes codes(size);
     for (int i = 0; i < size; ++i) {
         unsigned long long code = 0;
@@ -80,6 +81,7 @@ static std::vector<Case> read_index() {
         std::getline(fields >> std::ws, line.name);
         cases.back().lines.push_back(line);
     }
+    if (cases.empty()) fail("golden/index.txt: names no run");
     return cases;
 }
 

@@ -50,9 +50,9 @@ def test_the_verb_writes_what_the_host_computes(rec, home_run, tmp_path, monkeyp
     monkeypatch.setattr(exporting, "_write", lambda one, args, path: given.append(one) or {"layers": 3.0})
     done = rec("export", "--ckpt_path", home_run, "--format", "fpga", "--output", tmp_path / "net.fpga")
     assert (done.code, done.err) == (0, "")
-    assert f"host: {tmp_path}/net.host.onnx" in done.out
+    assert f"host: {tmp_path}/net.fpga.host.onnx" in done.out
     (one,) = given
-    session = session_of(tmp_path / "net.host.onnx")
+    session = session_of(tmp_path / "net.fpga.host.onnx")
     assert {found.name for found in session.get_outputs()} == {f"encoded/{name}" for name in one.inputs}
     assert "inputs" in session.get_modelmeta().custom_metadata_map
     assert all(tensor.dtype in (torch.int64, torch.float32) for tensor in one.single().tensors)

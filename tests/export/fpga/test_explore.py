@@ -8,14 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from export.errors import ExportError
+from export.fpga import resources
 from export.fpga.explore import Space, at_device, exhaustive, explore, main, plot, table
 from export.fpga.latency import estimate
 from export.fpga.resources import load_device
 from export.fpga.workload import Conv, Elementwise, Experts, Linear, Matmul, Workload, vit
+from export.settings import DEVICES
 from moecore.errors import ConfigError
 
 VIT = {"width": 192, "heads": 3, "depth": 12, "hidden": 768, "num_experts": 16, "top_k": 2, "expert_hidden": 384}
@@ -213,7 +216,7 @@ def test_command_line_takes_the_bundles_widths(tmp_path, capsys):
 def test_command_line_errors_are_one_line(tmp_path, capsys, options, message):
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps(MANIFEST))
-    assert main(["--manifest", str(manifest), *options]) == 1
+    assert main(["--manifest", str(manifest), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -224,3 +227,7 @@ def test_help_runs_as_a_module():
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--manifest" in result.stdout
     assert result.stderr == ""
+
+
+def test_the_devices_that_settings_know_are_those_that_are_described():
+    assert set(DEVICES) == {file.stem for file in (Path(resources.__file__).parent / "devices").glob("*.yaml")}
