@@ -328,5 +328,5 @@ def test_images_and_tasks_are_checked(backbone, images, tmp_path):
     with pytest.raises(ConfigError, match="task='edges': this model has semseg, depth"):
         export_edge_moe(backbone, images, tmp_path / "out", "edges")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match="no folder for the accelerator"):
+    with pytest.raises(ExportError, match="no folder that an export wrote"):
         export_edge_moe(backbone, images, tmp_path)
