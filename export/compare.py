@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ROUTING = "moecore.routing"
 """Key of the metadata that says, layer by layer, which tensors of a graph hold expert numbers and weights."""
 
+TIED = 1e-5
+"""Difference of two experts' scores, relative to the largest, that rounding explains."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -56,37 +59,46 @@ class Comparison:
         return found
 
 
-def compare(exportable: Exportable, runner: Runner, expected: Sequence[Outputs] | None = None) -> Comparison:
+def compare(
+    exportable: Exportable,
+    runner: Runner,
+    expected: Sequence[Outputs] | None = None,
+    tied: Sequence[np.ndarray] | None = None,
+) -> Comparison:
     """Run another form of a model on all samples.
 
     Args:
         exportable: the model.
         runner: the other form.
         expected: what PyTorch gives for the samples, if that is known already.
+        tied: of each sample the rows to leave out of numbers and decisions; see `RoutingAgreement`.
     """
     if expected is None:
         expected = [in_torch(exportable.module)(sample) for sample in exportable.samples]
     found = [runner(sample) for sample in exportable.samples]
-    ours, theirs = (joined(each) for each in (found, expected))
+    score = None
+    if exportable.score is not None:
+        before, after = (exportable.score.of(joined(each)) for each in (expected, found))
+        score = (exportable.score.name, before, after, exportable.score.change(before, after))
+    if tied is not None:
+        expected, found = (
+            [[np.delete(out, rows, 0) for out in one] for one, rows in zip(calls, tied, strict=True)]
+            for calls in (expected, found)
+        )
     decisions = Agreement()
     for before, after in zip(expected, found, strict=True):
         for a, b in zip(before, after, strict=True):
             decisions += exportable.decide(a, b)
+    ours, theirs = joined(found), joined(expected)
     differences = [np.abs(_numbers(a, b)) for a, b in zip(ours, theirs, strict=True)]
     scales = [max(float(np.nanmax(np.abs(b), initial=0.0)), 1e-12) for b in theirs]
-    rms = [
-        np.sqrt(np.mean(d**2)) / max(np.sqrt(np.nanmean(b**2)), 1e-12) for d, b in zip(differences, theirs, strict=True)
-    ]
-    score = None
-    if exportable.score is not None:
-        before, after = exportable.score.of(theirs), exportable.score.of(ours)
-        score = (exportable.score.name, before, after, exportable.score.change(before, after))
+    sizes = [max(np.sqrt(np.nanmean(b.astype(np.float64) ** 2)), 1e-12) for b in theirs]
     return Comparison(
         rows=len(ours[0]),
         max_error=float(max(d.max(initial=0.0) for d in differences)),
         mean_error=float(np.mean([d.mean() for d in differences])),
         max_relative_error=float(np.max([d.max(initial=0.0) / s for d, s in zip(differences, scales, strict=True)])),
-        rms_relative_error=float(np.max(rms)),
+        rms_relative_error=float(np.max([np.sqrt(np.mean(d**2)) / s for d, s in zip(differences, sizes, strict=True)])),
         decisions=decisions,
         score=score,
     )
@@ -103,8 +115,19 @@ def _numbers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(same, 0.0, a.astype(np.float64) - np.where(same, a, b))
 
 
-def routing_agreement(exportable: Exportable, proto: onnx.ModelProto) -> dict[str, float]:
-    """Share of tokens that a graph sends to the very experts that PyTorch does, by layer.
+@dataclass(frozen=True)
+class RoutingAgreement:
+    """Whether a graph sends tokens to the experts that PyTorch sends them to."""
+
+    by_layer: Mapping[str, float]
+    """Share of tokens with the very same experts, over all calls of the layer."""
+    tied: Sequence[np.ndarray]
+    """Of each sample the rows in which a token went to another expert that scores the same up to rounding: their
+    outputs may differ without anything being wrong."""
+
+
+def routing_agreement(exportable: Exportable, proto: onnx.ModelProto) -> RoutingAgreement:
+    """Compare a graph's routing with PyTorch's on all samples.
 
     Args:
         exportable: the model.
@@ -112,21 +135,39 @@ def routing_agreement(exportable: Exportable, proto: onnx.ModelProto) -> dict[st
     """
     layers = routing_layers(proto)
     if not layers:
-        return {}
+        return RoutingAgreement({}, [np.zeros(0, int) for _ in exportable.samples])
     run = _probe(proto, [layer["expert"] for layer in layers])
-    same, count = np.zeros(len(layers)), np.zeros(len(layers))
+    counts: dict[str, np.ndarray] = {}
+    tied: list[np.ndarray] = []
     for sample in exportable.samples:
         with moecore.record(exportable.module) as recording, torch.no_grad():
             exportable.module(*sample.tensors)
-        wanted = _by_layer(recording)
-        for i, (layer, chosen) in enumerate(zip(layers, run(sample.feed), strict=True)):
-            expected = wanted[layer["layer"]].pop(0) if wanted.get(layer["layer"]) else None
-            if expected is None or len(chosen) % len(expected):
+        calls: dict[str, list[moecore.Routing]] = {}
+        for routing in recording:
+            calls.setdefault(routing.name, []).append(routing)
+        rows: set[int] = set()
+        for layer, chosen in zip(layers, run(sample.feed), strict=True):
+            routing = calls[layer["layer"]].pop(0) if calls.get(layer["layer"]) else None
+            tokens = 0 if routing is None else len(routing.scores)
+            if not tokens or len(chosen) % tokens:
                 continue
-            chosen = chosen[:: len(chosen) // len(expected)]  # a unit's tokens all go the same way
-            agree = (_table(chosen, expected.shape[1]) == expected).all(1)
-            same[i], count[i] = same[i] + agree.sum(), count[i] + len(agree)
-    return {layer["layer"]: float(s / c) for layer, s, c in zip(layers, same, count, strict=True) if c}
+            chosen = chosen[:: len(chosen) // tokens]  # a unit's tokens all go the same way
+            expected, found = routing.assignment.chosen().numpy(), _table(chosen, routing.assignment.num_experts)
+            same = (expected == found).all(1)
+            counts[layer["layer"]] = counts.get(layer["layer"], 0) + np.array([same.sum(), tokens])
+            swapped = np.flatnonzero(~same)
+            close = swapped[_alike(routing.scores.numpy()[swapped], expected[swapped], found[swapped])]
+            rows |= set((close * len(sample.tensors[0]) // tokens).tolist())
+        tied.append(np.array(sorted(rows), int))
+    return RoutingAgreement({layer: float(same / total) for layer, (same, total) in counts.items()}, tied)
+
+
+def _alike(scores: np.ndarray, expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Whether experts that were left out `[T, E]` score what those taken instead score, up to rounding: `[T]`."""
+    scores = scores[:, : expected.shape[1]]
+    gone = np.where(expected & ~found, scores, -np.inf).max(1, initial=-np.inf)
+    come = np.where(found & ~expected, scores, np.inf).min(1, initial=np.inf)
+    return np.abs(gone - come) <= TIED * np.abs(scores).max(1, initial=1e-12)
 
 
 def routing_layers(proto: onnx.ModelProto) -> list[Mapping[str, str]]:
@@ -151,14 +192,6 @@ def _probe(proto: onnx.ModelProto, names: Sequence[str]):
         return [found[name] for name in names]
 
     return run
-
-
-def _by_layer(recording: Sequence[moecore.Routing]) -> dict[str, list[np.ndarray]]:
-    """Who was chosen `[T, E]`, by layer, in the order of calls."""
-    found: dict[str, list[np.ndarray]] = {}
-    for routing in recording:
-        found.setdefault(routing.name, []).append(routing.assignment.chosen().numpy())
-    return found
 
 
 def _table(expert: np.ndarray, num_experts: int) -> np.ndarray:

@@ -62,6 +62,9 @@ def _write(
     }
     for name, text in _guides(program, manifest).items():
         _put(folder / name, text.encode())
+    data = sorted(path for part in ("weights", "golden") for path in (folder / part).rglob("*") if path.is_file())
+    sums = (f"{checksum(path.read_bytes())}  {path.relative_to(folder)}\n" for path in data)
+    _put(folder / "SHA256SUMS", "".join(sums).encode())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest["files"] = {str(path.relative_to(folder)): checksum(path.read_bytes()) for path in files}
     _put(folder / "manifest.json", json.dumps(manifest, indent=1).encode())

@@ -41,7 +41,7 @@ REFUSALS = {
     "ScatterND": ROUTED,
     "Gather": "looks rows of a table up by an input; embeddings stay on the host, so export what comes after them",
     "Gelu": f"hls4ml has no GELU; train with relu, silu or tanh, or {FPGA}",
-    "Conv": f"this project takes vectors; export the policy behind its encoder, or {FPGA}",
+    "Conv": f"this project takes vectors; export what follows the convolutions, or {FPGA}",
 }
 
 

@@ -90,7 +90,58 @@ def test_routing_that_differs_is_seen(model, tmp_path):
     proto = onnx.load(tmp_path / "m.onnx")
     gate = next(one for one in proto.graph.initializer if one.name.endswith("score.weight"))
     gate.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(gate), gate.name))
-    assert verify.routing_agreement(model, proto)["1"] < 0.5
+    assert verify.routing_agreement(model, proto).by_layer["1"] < 0.5
+
+
+class Twice(nn.Module):
+    """A mixture that is called twice: for every row, and for the row before it."""
+
+    def __init__(self, gap: float) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.moe = moecore.MoE.build(D, num_experts=4, top_k=1, hidden=32, activation="relu")
+        weight = torch.zeros(4, D)
+        weight[0, 0], weight[1, 0], weight[1, 1] = 1.0, 1.0, gap
+        with torch.no_grad():
+            self.moe.router.score.weight.copy_(weight)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.moe(x), self.moe(x.roll(1, 0))
+
+
+def tied(gap: float) -> Exportable:
+    """Tokens whose first two experts differ by `gap` in the rows 3 and 5, and by much elsewhere."""
+    x = torch.randn(8, 2, D).abs() + 0.1
+    x[..., 1] = torch.where(torch.arange(8)[:, None] % 2 == 0, 1e6, -1e6)
+    x[3, :, 1] = x[5, 1, 1] = 1.0
+    return Exportable(Twice(gap).eval(), ("x",), ("y", "z"), (x[:2],), samples_of(("x",), (x,)))
+
+
+def test_rows_between_two_experts_that_score_alike_are_left_out_and_counted(tmp_path):
+    model = tied(1e-6)
+    path = tmp_path / "m.onnx"
+    deliver(model, "onnx", path)
+    proto = onnx.load(path)
+    gate = next(one for one in proto.graph.initializer if one.name.endswith("score.weight"))
+    other = onnx.numpy_helper.to_array(gate).copy()
+    other[1, 1] *= -1
+    gate.CopyFrom(onnx.numpy_helper.from_array(other, gate.name))
+    found = verify.routing_agreement(model, proto)
+    assert found.by_layer["moe"] < 1
+    assert found.tied[0].tolist() == [3, 4, 5, 6]  # of the second call those after
+
+
+def test_calls_of_one_layer_count_together(model, tmp_path):
+    """The second call's routing is broken; the layer's share says so."""
+    model = tied(0.5)
+    path = tmp_path / "m.onnx"
+    deliver(model, "onnx", path)
+    assert verify.routing_agreement(model, onnx.load(path)).by_layer == {"moe": 1.0}
+    broken = onnx.load(path)
+    layers = json.loads(next(one.value for one in broken.metadata_props if one.key == "moecore.routing"))
+    layers[0]["expert"] = layers[1]["expert"]
+    next(one for one in broken.metadata_props if one.key == "moecore.routing").value = json.dumps(layers)
+    assert verify.routing_agreement(model, broken).by_layer["moe"] < 1
 
 
 def test_what_differs_is_refused_and_the_old_file_stays(model, tmp_path, monkeypatch):

@@ -75,6 +75,7 @@ static std::vector<Case> read_index() {
             fields >> cases.back().task >> cases.back().name;
             continue;
         }
+        if (cases.empty()) fail("golden/index.txt: does not begin with a run");
         Golden line;
         line.kind = kind;
         fields >> line.number >> line.part >> line.size >> line.overflow >> line.file >> line.op;

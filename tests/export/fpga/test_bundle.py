@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,9 @@ def test_a_changed_file_is_not_simulated(tmp_path):
     weights.write_bytes(bytes(raw))
     with pytest.raises(ExportError, match=r"not the file that manifest\.json describes"):
         simulate_bundle(folder, feeds[:1])
+    if shutil.which("sha256sum"):
+        with pytest.raises(ExportError, match=r"weights/weights\.bin: FAILED"):
+            run_bundle(folder)
     weights.unlink()
     with pytest.raises(ExportError, match="No such file"):
         simulate_bundle(folder, feeds[:1])
