@@ -75,11 +75,10 @@ def write_report(
         _conflict(page, conflict, other)
     if evaluation.routing:
         expert_load(page, evaluation.routing, read_curves(folder / "metrics.csv"))
-    rows = (
-        {name: value for name, value in scalars.items() if not name.startswith("routing/")} | cost.scalars() | against
-    )
+    rows = {name: value for name, value in scalars.items() if not name.startswith("routing/")}
+    rows |= cost.scalars() | against
     page.section("All figures").table([{"figure": name, "value": value} for name, value in rows.items()])
-    exported_files(page, run_folder(trained.path))
+    exported_files(page, folder)
     return page.write(path)
 
 
