@@ -165,6 +165,18 @@ def test_quantised_operators_are_close(form, limit):
     assert 1e-5 < found < limit
 
 
+def test_every_registered_bank_and_selection_is_among_the_cases():
+    tried = {type(bank) for bank in (*BANKS.values(), *(bank for _, bank in UNITS.values()))}
+    assert tried == set(moecore.experts.BANKS.values())  # selections are taken from their registry
+
+
+def test_soft_mixtures_export_as_they_are():
+    torch.manual_seed(10)
+    soft = moecore.SoftMoE(MLPBank(E, D, F), slots=2).eval()
+    proto = lower(trace(soft, torch.randn(2, 6, D), ["x"], ["y"], ({0: torch.export.Dim("batch", min=1)},)), "sparse")
+    assert difference(soft, proto, (1, 6), (5, 6)) < 2e-6
+
+
 def test_random_forms_are_refused():
     with pytest.raises(ExportError, match=r"^experts='fast': choose one of dense, loop, ort_moe, qmoe, qmoe4, sparse$"):
         lower(exported(layer(MLPBank(E, D, F)), "sparse"), "fast")
