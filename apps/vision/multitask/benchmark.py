@@ -12,7 +12,7 @@ import moecore
 from apps.vision.models.m3vit import M3ViT
 from apps.vision.models.vimoe import dense_twin
 from apps.vision.multitask.data import MultiTaskData
-from apps.vision.multitask.deploy import Outputs, calibration_images
+from apps.vision.multitask.deploy import Predictions, calibration_images
 from apps.vision.multitask.loading import Trained
 from apps.vision.settings import VisionConfig
 from moecore.benchmark.timing import forward_call, interleave
@@ -69,15 +69,15 @@ def _contenders(config: VisionConfig, whole: M3ViT, images: list | None) -> dict
     dense = M3ViT(dense_twin(dataclasses.replace(config.model, pretrained=None)), whole.spec).to(whole.mean.device)
     what = "all tasks" if len(names) > 1 else names[0]
     models: dict[str, nn.Module] = {
-        f"{what}, a pass each": Outputs(_with_prefix(whole, shared=False), names),
-        f"{what}, shared prefix": Outputs(_with_prefix(whole, shared=True), names),
-        f"{what}, dense, one pass": Outputs(dense.eval(), names),
+        f"{what}, a pass each": Predictions(_with_prefix(whole, shared=False), names),
+        f"{what}, shared prefix": Predictions(_with_prefix(whole, shared=True), names),
+        f"{what}, dense, one pass": Predictions(dense.eval(), names),
     }
     if whole.slice is not None:
         return models
     for task in names:
-        models[f"{task}, whole model"] = Outputs(whole, [task])
-        models[f"{task}, cut out"] = Outputs(whole.for_task(task, images), [task])
+        models[f"{task}, whole model"] = Predictions(whole, [task])
+        models[f"{task}, cut out"] = Predictions(whole.for_task(task, images), [task])
     return models
 
 

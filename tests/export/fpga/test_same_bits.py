@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from export.errors import ExportError
 from export.fpga.bundle import run_bundle, write_bundle
+from export.fpga.manifest import checksum
 from export.fpga.ops import OPS
 from tests.export.fpga.random_layers import random_program
 
@@ -38,7 +41,13 @@ def test_one_wrong_bit_is_found_and_named(tmp_path):
     golden = folder / "golden" / "run_0" / "layer_0001_0.bin"
     codes = np.frombuffer(golden.read_bytes(), "<i4").copy()
     codes[-1] ^= 1
+    sums = folder / "SHA256SUMS"
+    before = checksum(golden.read_bytes())
     golden.write_bytes(codes.tobytes())
+    if shutil.which("sha256sum"):
+        with pytest.raises(ExportError, match=r"layer_0001_0\.bin: FAILED"):
+            run_bundle(folder)
+    sums.write_text(sums.read_text().replace(before, checksum(golden.read_bytes())))
     with pytest.raises(ExportError, match=r"the testbench failed: FAILED: 2 layers, 1 runs, \d+ values, 1 mismatches"):
         run_bundle(folder)
     (folder / "model.cpp").write_text("#error broken\n")
